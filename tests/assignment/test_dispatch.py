@@ -1,0 +1,133 @@
+"""The dispatcher: which backend, which error, and how it compiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import detr_kd_losses as dkl
+from detr_kd_losses import assignment as assignment_module
+from detr_kd_losses.assignment import BACKENDS
+
+
+class Unable:
+    """A backend with reasons against everything."""
+
+    def unsupported_reasons(self, cost):
+        return [f"{cost.shape[-2]} rows are too many", "it is Monday"]
+
+    def solve(self, cost, row_mask, column_mask):
+        raise AssertionError
+
+
+class Recording:
+    """A backend that leaves everything unassigned and remembers what it was given."""
+
+    def unsupported_reasons(self, cost):
+        return []
+
+    def solve(self, cost, row_mask, column_mask):
+        self.given = cost.shape, row_mask, column_mask
+        return cost.new_full(cost.shape[:2], -1, dtype=torch.int64)
+
+
+def test_auto_takes_the_first_without_reasons(monkeypatch):
+    recording = Recording()
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"unable": Unable(), "recording": recording} | BACKENDS)
+    assert dkl.select_backend(torch.rand(2, 3, 3)) == "recording"
+    rows = torch.ones(2, 5, 3, dtype=torch.bool)
+    dkl.linear_sum_assignment(torch.rand(2, 5, 3, 4), row_mask=rows)
+    assert recording.given[0] == (10, 3, 4)
+    assert recording.given[1].shape == (10, 3)
+    assert recording.given[2] is None
+
+
+def test_a_named_backend_that_cannot_run_raises_with_all_reasons(monkeypatch):
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"unable": Unable()} | BACKENDS)
+    with pytest.raises(
+        RuntimeError,
+        match="no assignment backend supports a cost of shape .*\n  unable: 3 rows are too many; it is Monday",
+    ):
+        dkl.linear_sum_assignment(torch.rand(2, 3, 3), backend="unable")
+
+
+def test_no_backend_at_all(monkeypatch):
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"one": Unable(), "two": Unable()})
+    with pytest.raises(RuntimeError, match=r"(?s)one: .*Monday.*two: .*Monday"):
+        dkl.select_backend(torch.rand(2, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cost": torch.rand(3)}, ValueError, r"`cost` must have shape \(..., N, T\), got \(3,\)"),
+        ({"cost": torch.ones(3, 3, dtype=torch.int64)}, TypeError, "`cost` must have a floating-point dtype, got torch.int64"),
+        ({"cost": torch.rand(2, 3, 4), "row_mask": torch.ones(2, 4).bool()}, ValueError, r"`row_mask` and `cost` must have the same dimensions rows, got \(2, 4\) and \(2, 3\)"),
+        ({"cost": torch.rand(2, 3, 4), "column_mask": torch.ones(4).bool()}, ValueError, "`column_mask` and `cost` must have the same dimensions columns"),
+        ({"cost": torch.rand(2, 3), "column_mask": torch.ones(3)}, TypeError, "`column_mask` must have dtype torch.bool, got torch.float32"),
+        ({"cost": torch.rand(2, 3), "row_mask": torch.ones(2, device="meta").bool()}, ValueError, "`row_mask` must be on the device of `cost` cpu, got meta"),
+        ({"cost": torch.rand(2, 3), "backend": "magic"}, ValueError, "`backend` must be 'auto' or one of .*'scipy'.*, got 'magic'"),
+    ],
+)  # fmt: skip
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dkl.linear_sum_assignment(**arguments)
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_operator_is_well_formed(with_masks):
+    masks = (torch.ones(2, 4).bool(), torch.ones(2, 3).bool()) if with_masks else (None, None)
+    operator = torch.ops.detr_kd_losses.linear_sum_assignment.default
+    torch.library.opcheck(operator, (torch.rand(2, 4, 3), *masks, "scipy"))
+
+
+def test_compiles_without_graph_break():
+    @torch.compile(fullgraph=True, backend="eager")
+    def total(cost):
+        assignment = dkl.linear_sum_assignment(cost * 2)
+        return cost.gather(-1, assignment.unsqueeze(-1)).sum()
+
+    for size in (4, 5, 6):
+        cost = torch.rand(2, size, size)
+        expected = cost.gather(-1, dkl.linear_sum_assignment(cost).unsqueeze(-1)).sum()
+        torch.testing.assert_close(total(cost), expected)
+
+
+def test_large_problems_in_threads_equal_problem_by_problem(monkeypatch):
+    from detr_kd_losses.assignment import _scipy
+
+    cost = torch.rand(6, 60, 70)
+    monkeypatch.setattr(_scipy, "_available_cpus", lambda: 3)
+    threaded = dkl.linear_sum_assignment(cost, backend="scipy")
+    monkeypatch.setattr(_scipy, "_available_cpus", lambda: 1)
+    assert threaded.equal(dkl.linear_sum_assignment(cost, backend="scipy"))
+
+
+def test_an_error_in_a_thread_is_not_lost(monkeypatch):
+    from detr_kd_losses.assignment import _scipy
+
+    def fail(*_):
+        msg = "solver broke"
+        raise ArithmeticError(msg)
+
+    monkeypatch.setattr(_scipy, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(_scipy, "_solve", fail)
+    with pytest.raises(ArithmeticError, match="solver broke"):
+        dkl.linear_sum_assignment(torch.rand(4, 60, 60), backend="scipy")
+
+
+def test_invert_assignment():
+    assignment = torch.tensor([[[2, -1, 0], [-1, -1, -1]]])
+    inverse = dkl.invert_assignment(assignment, 4)
+    assert inverse.tolist() == [[[2, -1, 0, -1], [-1, -1, -1, -1]]]
+    assert dkl.invert_assignment(inverse, 3).equal(assignment)
+    assert dkl.invert_assignment(torch.empty(2, 0, dtype=torch.int64), 3).tolist() == [[-1] * 3] * 2
+    with pytest.raises(TypeError, match=r"`assignment` must have dtype torch.int64, got torch.float32"):
+        dkl.invert_assignment(torch.rand(3), 3)
+
+
+def test_assignment_to_indices():
+    pairs = dkl.assignment_to_indices(torch.tensor([[2, -1, 0], [-1, -1, -1]]))
+    assert [(rows.tolist(), columns.tolist()) for rows, columns in pairs] == [([0, 2], [2, 0]), ([], [])]
+    with pytest.raises(ValueError, match=r"`assignment` must have shape \(B, N\), got \(3,\)"):
+        dkl.assignment_to_indices(torch.tensor([1, 2, 3]))
