@@ -1,0 +1,175 @@
+"""Matching costs: how badly each student query fits each target or each teacher query."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_kd_losses._checks import (
+    check_batch,
+    check_boxes,
+    check_choice,
+    check_dtype,
+    check_predictions,
+    check_same_device,
+    check_same_shape,
+    full_precision,
+    full_precision_matmul,
+    shared_precision,
+)
+from detr_kd_losses.boxes import box_cxcywh_to_xyxy, generalized_box_iou
+from detr_kd_losses.class_scores import Activation, ClassMap, forget_unknown_classes, teacher_log_scores
+
+__all__ = ["ClassCost", "detection_cost", "distillation_cost"]
+
+ClassCost = Literal["focal", "softmax"]
+
+
+def detection_cost(
+    logits: Tensor,
+    boxes: Tensor,
+    target_labels: Tensor,
+    target_boxes: Tensor,
+    *,
+    class_cost: ClassCost = "focal",
+    weight_class: float = 2.0,
+    weight_bbox: float = 5.0,
+    weight_giou: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    r"""Cost of assigning each target to each query: class, L1 and GIoU.
+
+    .. math:: C_{nt} = w_{class} D(z_n, c_t) + w_{bbox} |b_n - b_t|_1 - w_{giou} GIoU(b_n, b_t)
+
+    With ``"focal"`` and :math:`p = σ(z_{n,c_t})`,
+    :math:`D = α (1-p)^γ (-\log p) - (1-α) p^γ (-\log(1-p))`; with ``"softmax"``,
+    :math:`D = -softmax(z_n)_{c_t}`. Half-precision inputs are computed in float32.
+
+    Args:
+        logits: (..., N, C), raw. A softmax head has "no object" as its last channel.
+        boxes: (..., N, 4), cxcywh in [0, 1].
+        target_labels: (..., T) int64. Leading dimensions may be fewer than those of `logits`: with stages,
+            (L, B, N, C) and (B, T) go together. What is written in padding does not matter.
+        target_boxes: (..., T, 4), cxcywh in [0, 1].
+        class_cost: ``"focal"`` for sigmoid heads, ``"softmax"`` for softmax heads.
+        weight_class: Weight of the class cost.
+        weight_bbox: Weight of the L1 distance of the boxes.
+        weight_giou: Weight of the negative GIoU.
+        alpha: Balance of the focal cost.
+        gamma: Focus of the focal cost.
+
+    Returns:
+        (..., N, T).
+
+    Raises:
+        ValueError: If shapes, devices or `class_cost` do not fit.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> logits = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
+        >>> boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]])
+        >>> detection_cost(logits, boxes, torch.tensor([1]), boxes[1:]).argmin(0).tolist()
+        [1]
+
+    References:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
+        Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
+    """
+    check_predictions("", logits, boxes)
+    check_choice("class_cost", class_cost, ("focal", "softmax"))
+    check_dtype("target_labels", target_labels, torch.int64)
+    check_boxes("target_boxes", target_boxes)
+    check_same_shape("target_labels", target_labels.shape, "target_boxes", target_boxes.shape[:-1], "(..., T)")
+    check_batch("target_labels", target_labels.shape[:-1], "logits", logits.shape[:-2])
+    check_same_device("logits", logits, target_labels=target_labels, target_boxes=target_boxes)
+    logits = full_precision(logits)
+    if class_cost == "focal":
+        log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+        positive = -alpha * (log_not_p * gamma).exp() * log_p
+        negative = -(1 - alpha) * (log_p * gamma).exp() * log_not_p
+        by_class = positive - negative
+    else:
+        by_class = -logits.softmax(-1)
+    # (..., N, C) -> (..., N, T); labels in padding may be anything, -1 included.
+    labels = target_labels.clamp(min=0).unsqueeze(-2)
+    labels = labels.expand(*logits.shape[:-1], labels.shape[-1])
+    by_label = by_class.gather(-1, labels)
+    return weight_class * by_label + box_cost(boxes, target_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
+
+
+def distillation_cost(
+    student_logits: Tensor,
+    student_boxes: Tensor,
+    teacher_logits: Tensor,
+    teacher_boxes: Tensor,
+    *,
+    student_activation: Activation = "sigmoid",
+    teacher_activation: Activation = "sigmoid",
+    class_map: ClassMap | None = None,
+    weight_class: float = 1.0,
+    weight_bbox: float = 5.0,
+    weight_giou: float = 2.0,
+) -> Tensor:
+    r"""Cost of pairing each teacher query with each student query: class, L1 and GIoU.
+
+    .. math:: C_{nm} = w_{class} H(p_m, z_n) + w_{bbox} |b_n - b_m|_1 - w_{giou} GIoU(b_n, b_m)
+
+    with `H` the cross-entropy of the student's logits against the teacher's scores `p`:
+    :math:`\sum_c softplus(z_c) - z_c p_c` for a sigmoid student, :math:`-\sum_c p_c \log softmax(z)_c` for a
+    softmax student. It is one matrix product; no (..., N, M, C) tensor is formed.
+
+    Args:
+        student_logits: (..., N, C), raw.
+        student_boxes: (..., N, 4), cxcywh in [0, 1].
+        teacher_logits: (..., M, C'), raw.
+        teacher_boxes: (..., M, 4), cxcywh in [0, 1].
+        student_activation: ``"sigmoid"``, or ``"softmax"`` for a head with "no object" as its last channel.
+        teacher_activation: Likewise.
+        class_map: Student class of each teacher class, -1 = dropped. None: both have the same classes.
+        weight_class: Weight of the class cost.
+        weight_bbox: Weight of the L1 distance of the boxes.
+        weight_giou: Weight of the negative GIoU.
+
+    Returns:
+        (..., N, M).
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> logits = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
+        >>> boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]])
+        >>> distillation_cost(logits, boxes, logits.flip(0), boxes.flip(0)).argmin(-1).tolist()
+        [1, 0]
+
+    References:
+        Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 3-4.
+    """
+    check_predictions("student_", student_logits, student_boxes)
+    check_predictions("teacher_", teacher_logits, teacher_boxes)
+    check_same_shape("student_logits", student_logits.shape[:-2], "teacher_logits", teacher_logits.shape[:-2], "(...)")
+    check_same_device("student_logits", student_logits, teacher_logits=teacher_logits)
+    cost = box_cost(student_boxes, teacher_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
+    logits, teacher_logits = shared_precision(student_logits, teacher_logits)
+    heads = (student_activation, teacher_activation, class_map)
+    scores = teacher_log_scores(teacher_logits, logits.shape[-1], *heads).log_p.exp()
+    logits = forget_unknown_classes(logits, teacher_logits.shape[-1], *heads)
+    with full_precision_matmul(logits):
+        if student_activation == "softmax":
+            return cost - weight_class * (logits.log_softmax(-1) @ scores.mT)
+        return cost - weight_class * (F.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ scores.mT)
+
+
+def box_cost(boxes: Tensor, other_boxes: Tensor, *, weight_bbox: float, weight_giou: float) -> Tensor:
+    """L1 distance minus GIoU, weighted, of every box (..., N, 4) with every other box (..., M, 4), cxcywh."""
+    boxes, other_boxes = shared_precision(boxes, other_boxes)
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(other_boxes))
+    distance = torch.zeros_like(giou)
+    for one, other in zip(boxes.unbind(-1), other_boxes.unbind(-1), strict=True):
+        distance = distance + (one.unsqueeze(-1) - other.unsqueeze(-2)).abs()
+    return weight_bbox * distance - weight_giou * giou

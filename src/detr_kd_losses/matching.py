@@ -1,0 +1,165 @@
+"""Matching: costs, then assignment, without gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detr_kd_losses._checks import check_dtype, check_same_device, check_same_shape, check_targets_shape
+from detr_kd_losses.assignment import linear_sum_assignment
+from detr_kd_losses.class_scores import Activation, ClassMap
+from detr_kd_losses.costs import ClassCost, box_cost, detection_cost, distillation_cost
+
+__all__ = ["match_targets", "match_teacher"]
+
+
+@torch.no_grad()
+def match_targets(
+    logits: Tensor,
+    boxes: Tensor,
+    target_labels: Tensor,
+    target_boxes: Tensor,
+    target_mask: Tensor,
+    *,
+    class_cost: ClassCost = "focal",
+    weight_class: float = 2.0,
+    weight_bbox: float = 5.0,
+    weight_giou: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Match queries one-to-one to targets at the least :func:`detection_cost`.
+
+    Args:
+        logits: (..., N, C), raw. All leading dimensions, stages included, are solved in one batched call.
+        boxes: (..., N, 4), cxcywh in [0, 1].
+        target_labels: (..., T) int64, padded; (B, T) goes with (L, B, N, C).
+        target_boxes: (..., T, 4), cxcywh in [0, 1].
+        target_mask: (..., T) bool, True = a target, False = padding.
+        class_cost: ``"focal"`` for sigmoid heads, ``"softmax"`` for softmax heads with "no object" last.
+        weight_class: Weight of the class cost.
+        weight_bbox: Weight of the L1 distance of the boxes.
+        weight_giou: Weight of the negative GIoU.
+        alpha: Balance of the focal cost.
+        gamma: Focus of the focal cost.
+        backend: See :func:`linear_sum_assignment`.
+
+    Returns:
+        (..., N) int64: the target of each query, -1 = none.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> logits, boxes = torch.zeros(1, 3, 2), torch.tensor([[[0.1] * 4, [0.5] * 4, [0.9] * 4]])
+        >>> labels, mask = torch.tensor([[0, 1]]), torch.tensor([[True, False]])
+        >>> match_targets(logits, boxes, labels, boxes[:, 1:], mask).tolist()
+        [[-1, 0, -1]]
+
+    References:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
+    """
+    check_targets_shape(
+        target_labels,
+        target_boxes,
+        target_mask,
+        batch_shape=logits.shape[:-2],
+        like=logits,
+        like_name="logits",
+    )
+    cost = detection_cost(
+        logits,
+        boxes,
+        target_labels,
+        target_boxes,
+        class_cost=class_cost,
+        weight_class=weight_class,
+        weight_bbox=weight_bbox,
+        weight_giou=weight_giou,
+        alpha=alpha,
+        gamma=gamma,
+    )
+    column_mask = target_mask.expand(*cost.shape[:-2], cost.shape[-1])
+    return linear_sum_assignment(cost, column_mask=column_mask, backend=backend)
+
+
+@torch.no_grad()
+def match_teacher(
+    student_logits: Tensor,
+    student_boxes: Tensor,
+    teacher_logits: Tensor,
+    teacher_boxes: Tensor,
+    *,
+    teacher_positive: Tensor | None = None,
+    student_activation: Activation = "sigmoid",
+    teacher_activation: Activation = "sigmoid",
+    class_map: ClassMap | None = None,
+    weight_class: float = 1.0,
+    weight_bbox: float = 5.0,
+    weight_giou: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Match student queries one-to-one to teacher queries at the least :func:`distillation_cost`.
+
+    Without `teacher_positive`, all teacher queries are matched jointly, as in the paper's public code. With it, the
+    positive ones choose first among all student queries; the negative ones, whose class is background, share the
+    student queries that are left, by boxes alone.
+
+    Args:
+        student_logits: (..., N, C), raw.
+        student_boxes: (..., N, 4), cxcywh in [0, 1].
+        teacher_logits: (..., M, C'), raw.
+        teacher_boxes: (..., M, 4), cxcywh in [0, 1].
+        teacher_positive: (..., M) bool, True = the teacher's own matching gives the query a target.
+        student_activation: ``"sigmoid"``, or ``"softmax"`` for a head with "no object" as its last channel.
+        teacher_activation: Likewise.
+        class_map: Student class of each teacher class, -1 = dropped. None: both have the same classes.
+        weight_class: Weight of the class cost.
+        weight_bbox: Weight of the L1 distance of the boxes.
+        weight_giou: Weight of the negative GIoU.
+        backend: See :func:`linear_sum_assignment`.
+
+    Returns:
+        (..., N) int64: the teacher query of each student query, -1 = none (when N > M).
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> logits, boxes = torch.zeros(3, 2), torch.tensor([[0.1] * 4, [0.5] * 4, [0.9] * 4])
+        >>> match_teacher(logits, boxes, logits[:2], boxes[1:]).tolist()
+        [-1, 0, 1]
+
+    References:
+        Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 3-5.
+    """
+    cost = distillation_cost(
+        student_logits,
+        student_boxes,
+        teacher_logits,
+        teacher_boxes,
+        student_activation=student_activation,
+        teacher_activation=teacher_activation,
+        class_map=class_map,
+        weight_class=weight_class,
+        weight_bbox=weight_bbox,
+        weight_giou=weight_giou,
+    )
+    if teacher_positive is None:
+        return linear_sum_assignment(cost, backend=backend)
+    check_dtype("teacher_positive", teacher_positive, torch.bool)
+    check_same_shape(
+        "teacher_positive", teacher_positive.shape, "teacher_logits", teacher_logits.shape[:-1], "(..., M)"
+    )
+    check_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
+    positives = linear_sum_assignment(cost, column_mask=teacher_positive, backend=backend)
+    negatives = linear_sum_assignment(
+        box_cost(student_boxes, teacher_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou),
+        row_mask=positives < 0,
+        column_mask=~teacher_positive,
+        backend=backend,
+    )
+    return torch.where(positives >= 0, positives, negatives)
