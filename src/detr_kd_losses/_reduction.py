@@ -1,0 +1,32 @@
+"""Normalisers: counts over a batch, shared by all replicas of a distributed run."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__: list[str] = []
+
+
+def masked_sum(values: Tensor, mask: Tensor, dims: int) -> Tensor:
+    """Sum of `values` where `mask`, over the last `dims` dimensions (all of them if there are fewer)."""
+    return sum_last(torch.where(mask, values, 0.0), dims)
+
+
+def sum_last(values: Tensor, dims: int) -> Tensor:
+    """Sum over the last `dims` dimensions (all of them if there are fewer); an empty sum is 0 with a graph."""
+    return values.sum(dim=tuple(range(-min(dims, values.ndim), 0)))
+
+
+def replica_mean(count: Tensor, *, sync: bool, at_least: float | None = 1.0) -> Tensor:
+    """`count` averaged over the replicas if `sync` and torch.distributed is initialised, clamped from below.
+
+    Dividing a local sum by the mean count, then averaging gradients over replicas as DistributedDataParallel
+    does, gives the gradients of one process on the joined batch.
+    """
+    if sync and dist.is_available() and dist.is_initialized():
+        count = count.detach().clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count if at_least is None else count.clamp(min=at_least)

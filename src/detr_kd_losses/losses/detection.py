@@ -1,0 +1,183 @@
+"""The detection loss of DETR and Deformable DETR, under a given assignment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_kd_losses._checks import check_choice, check_predictions, check_targets_shape, shared_precision
+from detr_kd_losses._reduction import masked_sum, replica_mean, sum_last
+from detr_kd_losses.losses._module import LossModule
+from detr_kd_losses.losses._pairs import box_terms, check_assignment, check_batched, gather_partners
+
+__all__ = ["DetectionLoss", "detection_loss"]
+
+DetectionClassLoss = Literal["focal", "cross_entropy"]
+
+
+def detection_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    target_labels: Tensor,
+    target_boxes: Tensor,
+    target_mask: Tensor,
+    assignment: Tensor,
+    *,
+    class_loss: DetectionClassLoss = "focal",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    no_object_weight: float = 0.1,
+    weight_class: float = 1.0,
+    weight_bbox: float = 5.0,
+    weight_giou: float = 2.0,
+    sync_normalizer: bool = True,
+) -> dict[str, Tensor]:
+    r"""Supervise queries with the targets that an assignment gives them: class, L1 and GIoU.
+
+    .. math::
+        L = \sum_l w_{class} L_{class} + \frac{1}{T} \sum_{(n,t)} w_{bbox} |b_n - b_t|_1
+            + w_{giou} (1 - GIoU(b_n, b_t))
+
+    over the decoder layers `l`, with `T` the number of targets in the batch, at least 1. ``"focal"``:
+    :math:`L_{class} = \frac{1}{T} \sum -α_t (1 - p_t)^γ \log p_t` over all images, queries and classes.
+    ``"cross_entropy"``: DETR's mean over all queries, weighted by `no_object_weight` where there is no target. Equal
+    to the criterions of Deformable DETR and DETR in one process; in several, both normalisers are averaged over
+    replicas. Half-precision inputs are computed in float32.
+
+    Args:
+        logits: (L, B, N, C) or (B, N, C), raw. A softmax head has "no object" as its last channel.
+        boxes: (L, B, N, 4) or (B, N, 4), cxcywh in [0, 1].
+        target_labels: (B, T) int64, padded.
+        target_boxes: (B, T, 4), cxcywh in [0, 1].
+        target_mask: (B, T) bool, True = a target, False = padding.
+        assignment: (L, B, N) or (B, N) int64: the target of each query, -1 = none; from :func:`match_targets`.
+        class_loss: ``"focal"`` for sigmoid heads, ``"cross_entropy"`` for softmax heads.
+        alpha: Balance of the focal loss.
+        gamma: Focus of the focal loss.
+        no_object_weight: Weight of a query without target in the cross-entropy.
+        weight_class: Weight of the class term.
+        weight_bbox: Weight of the L1 distance.
+        weight_giou: Weight of 1 - GIoU.
+        sync_normalizer: Whether the normalisers are averaged over replicas when torch.distributed is initialised.
+
+    Returns:
+        ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> logits, boxes = torch.tensor([[[9.0, -9.0], [-9.0, -9.0]]]), torch.rand(1, 2, 4)
+        >>> labels, mask = torch.tensor([[0]]), torch.tensor([[True]])
+        >>> losses = detection_loss(logits, boxes, labels, boxes[:, :1], mask, torch.tensor([[0, -1]]))
+        >>> round(abs(sum(losses.values()).item()), 4)
+        0.0
+
+    References:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
+        Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
+    """
+    check_predictions("", logits, boxes)
+    check_batched("logits", logits)
+    check_targets_shape(
+        target_labels,
+        target_boxes,
+        target_mask,
+        batch_shape=logits.shape[:-2],
+        like=logits,
+        like_name="logits",
+    )
+    check_assignment("assignment", assignment, "logits", logits)
+    check_choice("class_loss", class_loss, ("focal", "cross_entropy"))
+    logits, boxes, target_boxes = shared_precision(logits, boxes, target_boxes)
+
+    stages_and_batch = assignment.shape[:-1]
+    labels = target_labels.expand(*stages_and_batch, -1)
+    target_boxes = target_boxes.detach().expand(*stages_and_batch, -1, -1)
+    matched = assignment >= 0
+    labels = gather_partners(labels, assignment)
+    num_targets = replica_mean(target_mask.sum().to(logits.dtype), sync=sync_normalizer)
+
+    if class_loss == "focal":
+        is_class = (torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)) & matched.unsqueeze(
+            -1
+        )
+        loss_class = sum_last(_focal(logits, is_class, alpha, gamma), 3) / num_targets
+    else:
+        loss_class = _weighted_cross_entropy(logits, labels, matched, no_object_weight, sync=sync_normalizer)
+
+    box_mask = matched.unsqueeze(-1)
+    distance, overlap = box_terms(
+        boxes.where(box_mask, 0.0), gather_partners(target_boxes, assignment).where(box_mask, 0.0)
+    )
+    return {
+        "loss_class": weight_class * loss_class.sum(),
+        "loss_bbox": weight_bbox * (masked_sum(distance, matched, 2) / num_targets).sum(),
+        "loss_giou": weight_giou * (masked_sum(overlap, matched, 2) / num_targets).sum(),
+    }
+
+
+def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Sigmoid focal loss of each channel, from log-probabilities alone."""
+    signed = torch.where(is_class, logits, -logits)
+    weight = torch.full_like(logits, 1 - alpha).masked_fill(is_class, alpha)
+    return -weight * (gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)
+
+
+def _weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, matched: Tensor, no_object_weight: float, *, sync: bool
+) -> Tensor:
+    """Mean of the cross-entropy over (B, N), queries without target weighted by `no_object_weight` -> (L,)."""
+    labels = torch.where(matched, labels, logits.shape[-1] - 1)
+    surprise = -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    weight = torch.full_like(surprise, no_object_weight).masked_fill(matched, 1.0)
+    total = replica_mean(sum_last(weight, 2), sync=sync, at_least=torch.finfo(logits.dtype).tiny)
+    return sum_last(weight * surprise, 2) / total
+
+
+class DetectionLoss(LossModule):
+    """Module form of :func:`detection_loss`, with the same options and defaults.
+
+    Examples:
+        >>> DetectionLoss(class_loss="cross_entropy").no_object_weight
+        0.1
+    """
+
+    def __init__(
+        self,
+        *,
+        class_loss: DetectionClassLoss = "focal",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        no_object_weight: float = 0.1,
+        weight_class: float = 1.0,
+        weight_bbox: float = 5.0,
+        weight_giou: float = 2.0,
+        sync_normalizer: bool = True,
+    ) -> None:
+        super().__init__(
+            class_loss=class_loss,
+            alpha=alpha,
+            gamma=gamma,
+            no_object_weight=no_object_weight,
+            weight_class=weight_class,
+            weight_bbox=weight_bbox,
+            weight_giou=weight_giou,
+            sync_normalizer=sync_normalizer,
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        target_labels: Tensor,
+        target_boxes: Tensor,
+        target_mask: Tensor,
+        assignment: Tensor,
+    ) -> dict[str, Tensor]:
+        """See :func:`detection_loss`."""
+        return detection_loss(logits, boxes, target_labels, target_boxes, target_mask, assignment, **self.options)
