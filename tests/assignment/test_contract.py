@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pytest
 import torch
 
 import detr_kd_losses as dkl
 from detr_kd_losses.assignment import BACKENDS
+
+import oracles
 
 BACKEND_NAMES = [
     pytest.param(

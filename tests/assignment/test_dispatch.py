@@ -46,7 +46,7 @@ def test_a_named_backend_that_cannot_run_raises_with_all_reasons(monkeypatch):
     monkeypatch.setattr(assignment_module, "BACKENDS", {"unable": Unable()} | BACKENDS)
     with pytest.raises(
         RuntimeError,
-        match="no assignment backend supports a cost of shape .*\n  unable: 3 rows are too many; it is Monday",
+        match=r"no assignment backend supports a cost of shape .*\n  unable: 3 rows are too many; it is Monday",
     ):
         dkl.linear_sum_assignment(torch.rand(2, 3, 3), backend="unable")
 

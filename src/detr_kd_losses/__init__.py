@@ -1,0 +1,75 @@
+"""Distillation losses for DETR detectors, on plain tensors, with batched Hungarian matching."""
+
+from detr_kd_losses.assignment import (
+    assignment_to_indices,
+    invert_assignment,
+    linear_sum_assignment,
+    select_backend,
+)
+from detr_kd_losses.boxes import (
+    box_area,
+    box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
+    generalized_box_iou,
+    paired_box_iou,
+    paired_generalized_box_iou,
+)
+from detr_kd_losses.class_scores import map_class_logits
+from detr_kd_losses.costs import detection_cost, distillation_cost
+from detr_kd_losses.criterion import DetectorOutput, DETRDistillationLoss, Targets, pad_targets
+from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
+from detr_kd_losses.losses.features import (
+    TargetAwareFeatureLoss,
+    target_aware_feature_loss,
+    target_aware_mask,
+)
+from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
+from detr_kd_losses.losses.query_group import (
+    TeacherAssignedQueryLoss,
+    query_group_attention_mask,
+    teacher_assigned_query_loss,
+)
+from detr_kd_losses.losses.query_quality import query_quality
+from detr_kd_losses.matching import match_targets, match_teacher
+from detr_kd_losses.stages import select_stages
+from detr_kd_losses.value_checks import check_finite, check_targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DETRDistillationLoss",
+    "DetectionLoss",
+    "DetectorOutput",
+    "HungarianDistillationLoss",
+    "TargetAwareFeatureLoss",
+    "Targets",
+    "TeacherAssignedQueryLoss",
+    "assignment_to_indices",
+    "box_area",
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
+    "check_finite",
+    "check_targets",
+    "detection_cost",
+    "detection_loss",
+    "distillation_cost",
+    "generalized_box_iou",
+    "hungarian_distillation_loss",
+    "invert_assignment",
+    "linear_sum_assignment",
+    "map_class_logits",
+    "match_targets",
+    "match_teacher",
+    "pad_targets",
+    "paired_box_iou",
+    "paired_generalized_box_iou",
+    "query_group_attention_mask",
+    "query_quality",
+    "select_backend",
+    "select_stages",
+    "target_aware_feature_loss",
+    "target_aware_mask",
+    "teacher_assigned_query_loss",
+]

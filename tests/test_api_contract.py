@@ -1,0 +1,77 @@
+"""What the public interface promises as a whole: names, signatures, docstrings, a light import."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import detr_kd_losses as dkl
+
+PAIRS = {
+    dkl.hungarian_distillation_loss: dkl.HungarianDistillationLoss,
+    dkl.target_aware_feature_loss: dkl.TargetAwareFeatureLoss,
+    dkl.detection_loss: dkl.DetectionLoss,
+    dkl.teacher_assigned_query_loss: dkl.TeacherAssignedQueryLoss,
+}
+# Keyword arguments of the functions that are data, not options: the forward of the Module takes them.
+DATA = {"teacher_positive", "padding_mask"}
+# What a Module owns beyond the options of its function.
+OWNED = {"student_channels", "teacher_channels"}
+
+
+def parameters(function, kind):
+    return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is kind and name != "self"}
+
+
+def test_all_is_sorted_and_complete():
+    assert dkl.__all__ == sorted(dkl.__all__)
+    public = {name for name, value in vars(dkl).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public == set(dkl.__all__)
+
+
+@pytest.mark.parametrize("function", PAIRS, ids=lambda f: f.__name__)
+def test_function_and_module_have_the_same_options_and_defaults(function):
+    module = PAIRS[function]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = {name: (p.default, p.annotation) for name, p in parameters(function, keyword).items() if name not in DATA}
+    of_module = {name: (p.default, p.annotation) for name, p in inspect.signature(module).parameters.items()}
+    assert options == {name: value for name, value in of_module.items() if name not in OWNED}
+    tensors = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert list(parameters(function, tensors)) == list(parameters(module.forward, tensors))
+    assert set(parameters(module.forward, keyword)) == set(parameters(function, keyword)) & DATA
+
+
+@pytest.mark.parametrize("name", [n for n in dkl.__all__ if inspect.isroutine(getattr(dkl, n))])
+def test_every_option_is_keyword_only(name):
+    for option in inspect.signature(getattr(dkl, name)).parameters.values():
+        if option.default is not inspect.Parameter.empty:
+            assert option.kind is inspect.Parameter.KEYWORD_ONLY, option
+
+
+@pytest.mark.parametrize("name", dkl.__all__)
+def test_every_public_name_is_documented_with_an_example(name):
+    documented = getattr(dkl, name)
+    text = inspect.getdoc(documented)
+    assert ">>>" in text
+    if inspect.isroutine(documented):
+        assert "Args:" in text
+        assert "Returns:" in text or name.startswith("check_")
+        for argument in inspect.signature(documented).parameters:
+            assert f"{argument}:" in text, argument
+
+
+def test_import_is_light():
+    heavy = {"triton", "matplotlib", "hypothesis", "transformers", "lap", "pytest"}
+    code = f"import sys, torch, scipy.optimize; before = set(sys.modules); import detr_kd_losses; print({heavy} & (set(sys.modules) - before))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == "set()"
+
+
+def test_every_module_declares_what_is_public():
+    for module in pkgutil.walk_packages(dkl.__path__, "detr_kd_losses."):
+        assert importlib.import_module(module.name).__doc__, module.name

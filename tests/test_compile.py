@@ -1,0 +1,47 @@
+"""torch.compile takes the criterion whole, and computes what eager does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import detr_kd_losses as dkl
+
+from test_criterion import leaves, make_output, make_targets
+
+
+def values_and_gradients(criterion, student, teacher, targets):
+    losses = criterion(student, teacher, targets)
+    return losses, torch.autograd.grad(sum(losses.values()), leaves(student))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_no_graph_break_whatever_the_shapes(preset):
+    criterion = dkl.DETRDistillationLoss(preset)
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    for (layers, queries), (teacher_layers, teacher_queries), padded in [
+        ((3, 7), (6, 9), 4),
+        ((3, 9), (6, 7), 5),
+        ((2, 9), (2, 9), 3),
+    ]:
+        student = make_output(0, layers, queries, group=teacher_queries, requires_grad=True)
+        inputs = student, make_output(1, teacher_layers, teacher_queries), make_targets((2, 0), padded)
+        assert_close(values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # the compiler's own
+def test_inductor_equals_eager():
+    criterion = dkl.DETRDistillationLoss("paper")
+    compiled = torch.compile(criterion, fullgraph=True)
+    inputs = make_output(0, 3, 7, group=9, requires_grad=True), make_output(1, 6, 9), make_targets()
+    assert_close(
+        values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs), rtol=1e-4, atol=1e-5
+    )
