@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 
 import detr_kd_losses as dkl
 from detr_kd_losses import assignment as assignment_module
-from detr_kd_losses.assignment import BACKENDS
+from detr_kd_losses.assignment import BACKENDS, _cpu
+
+WITH_LAPX = pytest.mark.skipif(not importlib.util.find_spec("lap"), reason="lapx is not installed")
 
 
 class Unable:
@@ -93,27 +99,36 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(total(cost), expected)
 
 
-def test_large_problems_in_threads_equal_problem_by_problem(monkeypatch):
-    from detr_kd_losses.assignment import _scipy
-
+@pytest.mark.parametrize("backend", ["scipy", pytest.param("lapx", marks=WITH_LAPX)])
+def test_large_problems_in_threads_equal_problem_by_problem(backend, monkeypatch):
     cost = torch.rand(6, 60, 70)
-    monkeypatch.setattr(_scipy, "_available_cpus", lambda: 3)
-    threaded = dkl.linear_sum_assignment(cost, backend="scipy")
-    monkeypatch.setattr(_scipy, "_available_cpus", lambda: 1)
-    assert threaded.equal(dkl.linear_sum_assignment(cost, backend="scipy"))
+    columns = torch.rand(6, 70) < 0.8
+    monkeypatch.setattr(_cpu, "_available_cpus", lambda: 3)
+    threaded = dkl.linear_sum_assignment(cost, column_mask=columns, backend=backend)
+    monkeypatch.setattr(_cpu, "_available_cpus", lambda: 1)
+    assert threaded.equal(dkl.linear_sum_assignment(cost, column_mask=columns, backend=backend))
 
 
 def test_an_error_in_a_thread_is_not_lost(monkeypatch):
-    from detr_kd_losses.assignment import _scipy
-
-    def fail(*_):
+    def fail(cost):
         msg = "solver broke"
         raise ArithmeticError(msg)
 
-    monkeypatch.setattr(_scipy, "_available_cpus", lambda: 2)
-    monkeypatch.setattr(_scipy, "_solve", fail)
+    monkeypatch.setattr(_cpu, "_available_cpus", lambda: 2)
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"broken": _cpu.CpuBackend(fail)})
     with pytest.raises(ArithmeticError, match="solver broke"):
-        dkl.linear_sum_assignment(torch.rand(4, 60, 60), backend="scipy")
+        dkl.linear_sum_assignment(torch.rand(4, 60, 60))
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [(None, "pip install 'detr-kd-losses.fast.'"), (types.ModuleType("lap"), "lapx 0.11.1 or later is needed")],
+)
+def test_lapx_says_why_it_cannot_run(installed, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lap", installed)
+    assert dkl.select_backend(torch.rand(3, 3)) == "scipy"
+    with pytest.raises(RuntimeError, match=rf"lapx: .*{reason}"):
+        dkl.linear_sum_assignment(torch.rand(3, 3), backend="lapx")
 
 
 def test_invert_assignment():

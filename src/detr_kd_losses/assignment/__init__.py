@@ -15,7 +15,7 @@ from detr_kd_losses._checks import (
     check_same_shape,
     full_precision,
 )
-from detr_kd_losses.assignment._scipy import SciPyBackend
+from detr_kd_losses.assignment._cpu import lapx_backend, scipy_backend
 
 if TYPE_CHECKING:
     from detr_kd_losses.assignment._backend import Backend
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["assignment_to_indices", "invert_assignment", "linear_sum_assignment", "select_backend"]
 
 # In order of preference; whoever has another solver may insert it.
-BACKENDS: dict[str, Backend] = {"scipy": SciPyBackend()}
+BACKENDS: dict[str, Backend] = {"lapx": lapx_backend(), "scipy": scipy_backend()}
 
 
 def linear_sum_assignment(
