@@ -1,0 +1,42 @@
+# Each target sets up what it needs in a virtual environment of its own, by itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Many small operations: a second thread per process would only wait for the first.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint docs bench clean
+
+help:
+	@echo "make demo   distil a small detector, print a table, draw toy_distillation.png"
+	@echo "make test   run all tests"
+	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make docs   run the code in the Markdown pages and check their links"
+	@echo "make bench  measure matching and losses on this machine"
+
+# One stamp per extra, renewed when the requirements change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/python examples/toy_detector/demo.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q tests/test_docs.py --doctest-modules src
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python examples/benchmarks/assignment.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis toy_distillation.png
