@@ -10,6 +10,9 @@ import detr_kd_losses as dkl
 
 from test_criterion import leaves, make_output, make_targets
 
+# The compiler itself instantiates every autograd.Function that it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
+
 
 def values_and_gradients(criterion, student, teacher, targets):
     losses = criterion(student, teacher, targets)
@@ -37,7 +40,7 @@ def test_no_graph_break_whatever_the_shapes(preset):
         assert_close(values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs))
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
 def test_inductor_equals_eager():
     criterion = dkl.DETRDistillationLoss("paper")
     compiled = torch.compile(criterion, fullgraph=True)

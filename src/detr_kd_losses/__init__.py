@@ -19,11 +19,7 @@ from detr_kd_losses.class_scores import map_class_logits
 from detr_kd_losses.costs import detection_cost, distillation_cost
 from detr_kd_losses.criterion import DetectorOutput, DETRDistillationLoss, Targets, pad_targets
 from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
-from detr_kd_losses.losses.features import (
-    TargetAwareFeatureLoss,
-    target_aware_feature_loss,
-    target_aware_mask,
-)
+from detr_kd_losses.losses.features import TargetAwareFeatureLoss, target_aware_feature_loss
 from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
 from detr_kd_losses.losses.query_group import (
     TeacherAssignedQueryLoss,
@@ -31,6 +27,7 @@ from detr_kd_losses.losses.query_group import (
     teacher_assigned_query_loss,
 )
 from detr_kd_losses.losses.query_quality import query_quality
+from detr_kd_losses.losses.target_aware_mask import target_aware_mask
 from detr_kd_losses.matching import match_targets, match_teacher
 from detr_kd_losses.stages import select_stages
 from detr_kd_losses.value_checks import check_finite, check_targets

@@ -37,7 +37,8 @@ def map_class_logits(
     Args:
         logits: (..., C) of a sigmoid head, or (..., C + 1) of a softmax head ("no object" last).
         class_map: One entry for each of the C classes: the index of the class in the other detector, or -1 to
-            drop it. An int64 tensor on the device of `logits` spares a copy from the host on every call.
+            drop it. An int64 tensor on the device of `logits` spares a copy from the host on every call; its entries
+            are checked on the CPU only.
         num_classes: Number of classes of the other detector, without "no object".
         activation: Head of this detector, ``"sigmoid"`` or ``"softmax"``.
 
@@ -73,13 +74,19 @@ def class_index(class_map: ClassMap, teacher_classes: int, num_classes: int, *, 
     """`class_map` as an int64 tensor (C,) whose dropped classes point to the slot after the last class."""
     if isinstance(class_map, Tensor):
         check_dtype("class_map", class_map, torch.int64)
+        if class_map.device != device:
+            msg = f"`class_map` must be on the device of `logits` {device}, got {class_map.device}"
+            raise ValueError(msg)
         index = class_map
     else:
-        wrong = [entry for entry in class_map if not -1 <= entry < num_classes]
-        if wrong:
-            msg = f"`class_map` must have entries in [-1, {num_classes}), got {wrong[0]}"
+        index = torch.tensor(class_map, dtype=torch.int64)
+    # On the host the values are at hand; on a GPU they would have to be waited for.
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = index[(index < -1) | (index >= num_classes)]
+        if len(wrong):
+            msg = f"`class_map` must have entries in [-1, {num_classes}), got {int(wrong[0])}"
             raise ValueError(msg)
-        index = torch.tensor(class_map, dtype=torch.int64, device=device)
+    index = index.to(device)
     if index.shape != (teacher_classes,):
         msg = (
             f"`class_map` must have one entry for each of the {teacher_classes} teacher classes, "

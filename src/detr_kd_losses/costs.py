@@ -53,7 +53,7 @@ def detection_cost(
         logits: (..., N, C), raw. A softmax head has "no object" as its last channel.
         boxes: (..., N, 4), cxcywh in [0, 1].
         target_labels: (..., T) int64. Leading dimensions may be fewer than those of `logits`: with stages,
-            (L, B, N, C) and (B, T) go together. What is written in padding does not matter.
+            (L, B, N, C) and (B, T) go together. A negative label, as padding may have, counts as class 0.
         target_boxes: (..., T, 4), cxcywh in [0, 1].
         class_cost: ``"focal"`` for sigmoid heads, ``"softmax"`` for softmax heads.
         weight_class: Weight of the class cost.
@@ -94,7 +94,7 @@ def detection_cost(
         by_class = positive - negative
     else:
         by_class = -logits.softmax(-1)
-    # (..., N, C) -> (..., N, T); labels in padding may be anything, -1 included.
+    # (..., N, C) -> (..., N, T)
     labels = target_labels.clamp(min=0).unsqueeze(-2)
     labels = labels.expand(*logits.shape[:-1], labels.shape[-1])
     by_label = by_class.gather(-1, labels)

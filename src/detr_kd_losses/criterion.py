@@ -17,10 +17,11 @@ from detr_kd_losses._checks import (
     check_same_shape,
 )
 from detr_kd_losses.class_scores import Activation, ClassMap, in_student_classes, known_classes
-from detr_kd_losses.losses.features import Normalize, TargetAwareFeatureLoss
+from detr_kd_losses.losses.features import TargetAwareFeatureLoss
 from detr_kd_losses.losses.logits import HungarianDistillationLoss
 from detr_kd_losses.losses.query_group import TeacherAssignedQueryLoss
 from detr_kd_losses.losses.query_quality import Variant, query_quality
+from detr_kd_losses.losses.target_aware_mask import Normalize
 from detr_kd_losses.matching import match_targets, match_teacher
 from detr_kd_losses.stages import StageMap, select_stages
 
@@ -323,7 +324,8 @@ class DETRDistillationLoss(nn.Module):
             return logits, targets
         teacher_classes = teacher_logits.shape[-1] - (heads.teacher_activation == "softmax")
         known = known_classes(heads.class_map, teacher_classes, num_classes, device=logits.device)
-        return logits, targets._replace(mask=targets.mask & known[targets.labels.clamp(min=0)])
+        labels = targets.labels.where(targets.mask, 0)
+        return logits, targets._replace(mask=targets.mask & known[labels])
 
     def extra_repr(self) -> str:
         """Show the weights."""

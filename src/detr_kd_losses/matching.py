@@ -76,6 +76,7 @@ def match_targets(
     References:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
     """
+    check_predictions("", logits, boxes)
     check_targets_shape(
         target_labels,
         target_boxes,
@@ -94,7 +95,9 @@ def match_targets(
         gamma=gamma,
     )
     batch = logits.shape[:-2]
-    targets = (target_labels.expand(*batch, -1), target_boxes.expand(*batch, -1, -1))
+    # What is written in padding does not matter, an index out of range included.
+    labels = target_labels.where(target_mask, 0)
+    targets = (labels.expand(*batch, -1), target_boxes.expand(*batch, -1, -1))
     mask = target_mask.expand(*batch, -1)
     return _assign(cost, (logits, boxes, *targets), column_mask=mask, backend=backend)
 

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_kd_losses._checks import check_choice, check_predictions, check_targets_shape, shared_precision
+from detr_kd_losses._checks import (
+    check_choice,
+    check_predictions,
+    check_targets_shape,
+    shared_precision,
+)
 from detr_kd_losses._reduction import masked_sum, replica_mean, sum_last
 from detr_kd_losses.losses._module import LossModule
 from detr_kd_losses.losses._pairs import box_terms, check_assignment, check_batched, gather_partners
@@ -91,6 +96,13 @@ def detection_loss(
         like=logits,
         like_name="logits",
     )
+    # One set of targets for all stages: their number is what the terms are divided by.
+    if target_labels.shape[:-1] != logits.shape[-3:-2]:
+        msg = (
+            f"`target_labels` must have shape (B, T) with the batch of `logits` {tuple(logits.shape)}, "
+            f"got {tuple(target_labels.shape)}"
+        )
+        raise ValueError(msg)
     check_assignment("assignment", assignment, "logits", logits)
     check_choice("class_loss", class_loss, ("focal", "cross_entropy"))
     logits, boxes, target_boxes = shared_precision(logits, boxes, target_boxes)

@@ -3,132 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_kd_losses._checks import (
-    check_choice,
-    check_dtype,
-    check_floating,
-    check_same_device,
-    check_same_shape,
-    full_precision,
-    full_precision_matmul,
-    shared_precision,
-)
+from detr_kd_losses._checks import check_same_device, check_same_shape, full_precision, shared_precision
 from detr_kd_losses._reduction import replica_mean
 from detr_kd_losses.losses._module import LossModule
-from detr_kd_losses.losses.query_quality import VARIANTS, Variant
+from detr_kd_losses.losses.query_quality import Variant
+from detr_kd_losses.losses.target_aware_mask import (
+    Normalize,
+    check_features,
+    check_padding_mask,
+    check_queries,
+    check_weighting,
+    summarize_queries,
+    weight_maps,
+)
 
-__all__ = ["TargetAwareFeatureLoss", "target_aware_feature_loss", "target_aware_mask"]
+__all__ = ["TargetAwareFeatureLoss", "target_aware_feature_loss"]
 
-Normalize = Literal["queries", "max", "mean"]
 Levels = Tensor | Sequence[Tensor]
-
-NORMALIZATIONS = ("queries", "max", "mean")
-_DEFAULT_NORMALIZE: dict[Variant, Normalize] = {"paper": "queries", "official": "max"}
-_OFFICIAL_FLOOR = 0.01
-
-
-@torch.no_grad()
-def target_aware_mask(
-    features: Tensor,
-    queries: Tensor,
-    quality: Tensor,
-    *,
-    variant: Variant = "paper",
-    normalize: Normalize | None = None,
-    padding_mask: Tensor | None = None,
-) -> Tensor:
-    r"""Where the good queries of the teacher look: a weight for each location of a feature map.
-
-    With :math:`ψ_m(p) = \cos(Q_m, F(p))`: ``"paper"``, :math:`w(p) = \sum_m q_m ψ_m(p)^2`; ``"official"``,
-    :math:`s(p) = \max(\sum_m q_m ψ_m(p), 0.01)`, whose square weighs the loss. No (M, H, W) tensor is formed: `w` is
-    one D × D quadratic form of the normalised feature, `s` one dot product.
-
-    Args:
-        features: (B, D, H, W), the teacher's.
-        queries: (..., B, M, D), the teacher's decoder outputs; leading dimensions are stages.
-        quality: (..., B, M), from :func:`query_quality`.
-        variant: ``"paper"`` or ``"official"``.
-        normalize: What the map is divided by: ``"queries"``, their number M; ``"max"`` or ``"mean"`` of the map over
-            the valid cells of the image. None: ``"queries"`` for ``"paper"``, ``"max"`` for ``"official"``.
-        padding_mask: (B, H, W) bool, True = a valid cell; the mask is 0 elsewhere. None: all valid.
-
-    Returns:
-        (..., B, H, W). Has no gradient.
-
-    Raises:
-        ValueError: If shapes, devices or options do not fit.
-        TypeError: If a dtype does not fit.
-
-    Examples:
-        >>> features = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # one image, D = 2, 1 x 2 cells
-        >>> queries, quality = torch.tensor([[[3.0, 0.0]]]), torch.ones(1, 1)
-        >>> target_aware_mask(features, queries, quality).tolist()
-        [[[1.0, 0.0]]]
-
-    References:
-        Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 7 and 9.
-    """
-    normalize = _check_options(variant, normalize)
-    _check_features("features", features)
-    _check_queries("queries", queries, quality, "features", features)
-    _check_padding_mask(padding_mask, "features", features)
-    return _weight_map(features, queries, quality, padding_mask, variant=variant, normalize=normalize)
-
-
-def _weight_map(
-    features: Tensor,
-    queries: Tensor,
-    quality: Tensor,
-    padding_mask: Tensor | None,
-    *,
-    variant: Variant,
-    normalize: Normalize,
-) -> Tensor:
-    """The body of :func:`target_aware_mask`, for arguments that are checked."""
-    features, queries, quality = shared_precision(features, queries, quality)
-    tiny = torch.finfo(features.dtype).tiny
-    cells = features.flatten(2)  # (B, D, H*W)
-    length = torch.linalg.vector_norm(cells, dim=1).clamp(min=tiny)
-    stages = queries.shape[:-3]
-    queries = F.normalize(queries.reshape(-1, *queries.shape[-3:]), dim=-1, eps=tiny)
-    quality = quality.reshape(queries.shape[:-1]).unsqueeze(-1)
-    with full_precision_matmul(features):
-        if variant == "paper":
-            # sum_m q_m (Q_m . f)^2 = f^T A f with A = sum_m q_m Q_m Q_m^T; one stage at a time bounds the memory.
-            forms = queries.mT @ (quality * queries)
-            squares = [((form @ cells) * cells).sum(1) / length for form in forms]
-            weight = torch.stack(squares) if squares else cells.new_zeros((0, *length.shape))
-        else:
-            # sum_m q_m (Q_m . f) = (sum_m q_m Q_m) . f
-            directions = (quality * queries).sum(-2)  # (L, B, D)
-            weight = (directions.transpose(0, 1) @ cells).transpose(0, 1)
-        weight = weight / length
-    if variant == "official":
-        weight = weight.clamp(min=_OFFICIAL_FLOOR)
-    valid = None if padding_mask is None else padding_mask.flatten(1)
-    if valid is not None:
-        weight = torch.where(valid, weight, 0.0)
-    weight = weight / _normalizer(weight, valid, normalize, queries.shape[-2])
-    return weight.reshape(*stages, features.shape[0], *features.shape[-2:])
-
-
-def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_queries: int) -> Tensor | float:
-    """What a weight map (..., B, cells) is divided by; never 0."""
-    if normalize == "queries":
-        return max(num_queries, 1)
-    tiny = torch.finfo(weight.dtype).tiny
-    if weight.shape[-1] == 0:
-        return 1.0
-    if normalize == "max":
-        return weight.amax(-1, keepdim=True).clamp(min=tiny)
-    cells = weight.shape[-1] if valid is None else valid.sum(-1, keepdim=True).clamp(min=1)
-    return (weight.sum(-1, keepdim=True) / cells).clamp(min=tiny)
 
 
 def target_aware_feature_loss(
@@ -184,9 +81,9 @@ def target_aware_feature_loss(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 6-9.
     """
-    normalize = _check_options(variant, normalize)
+    normalize = check_weighting(variant, normalize)
     students, teachers = _as_levels(student_features), _as_levels(teacher_features)
-    masks = [None] * len(students) if padding_mask is None else _as_levels(padding_mask)
+    masks: Sequence[Tensor | None] = [None] * len(students) if padding_mask is None else _as_levels(padding_mask)
     for name, levels in (("teacher_features", teachers), ("padding_mask", masks)):
         if len(levels) != len(students) or not students:
             msg = (
@@ -194,94 +91,78 @@ def target_aware_feature_loss(
                 f"got {len(levels)} and {len(students)}"
             )
             raise ValueError(msg)
-    losses = []
     for student, teacher, valid in zip(students, teachers, masks, strict=True):
-        _check_features("student_features", student)
+        check_features("student_features", student)
         check_same_shape("student_features", student.shape, "teacher_features", teacher.shape, "(B, D, H, W)")
         check_same_device("student_features", student, teacher_features=teacher)
-        _check_queries("teacher_queries", teacher_queries, quality, "teacher_features", teacher)
-        _check_padding_mask(valid, "teacher_features", teacher)
-        with torch.no_grad():
-            weight = _loss_weight(teacher, teacher_queries, quality, valid, variant=variant, normalize=normalize)
-        losses.append(_weighted_mean_square(student, teacher.detach(), weight, valid, sync=sync_normalizer))
+        check_queries("teacher_queries", teacher_queries, quality, "teacher_features", teacher)
+        check_padding_mask(valid, "teacher_features", teacher)
+    weights = _loss_weights(teachers, teacher_queries, quality, masks, variant=variant, normalize=normalize)
+    losses = []
+    for student, teacher, weight, valid in zip(students, teachers, weights, masks, strict=True):
+        distance = _SquaredDistance.apply(student, teacher.detach(), valid)
+        cells = weight.new_full((), weight.numel()) if valid is None else valid.sum().to(weight.dtype)
+        count = replica_mean(cells, sync=sync_normalizer) * max(student.shape[1], 1)
+        losses.append((distance * weight).sum() / count)
     return torch.stack(losses).sum()
 
 
-def _loss_weight(
-    teacher: Tensor,
+@torch.no_grad()
+def _loss_weights(
+    teachers: list[Tensor],
     queries: Tensor,
     quality: Tensor,
-    padding_mask: Tensor | None,
+    masks: Sequence[Tensor | None],
     *,
     variant: Variant,
     normalize: Normalize,
-) -> Tensor:
-    """Weight (B, H, W) of the squared difference, stages added."""
-    stages = queries.shape[:-3].numel()
-    if variant == "paper" and normalize == "queries" and queries.ndim > 3:
-        # The sum over stages is a sum over all their queries: one quadratic form for all.
-        queries = queries.flatten(0, -4).transpose(0, 1).flatten(1, 2)
-        quality = quality.flatten(0, -3).transpose(0, 1).flatten(1, 2)
-        return stages * _weight_map(teacher, queries, quality, padding_mask, variant=variant, normalize=normalize)
-    weight = _weight_map(teacher, queries, quality, padding_mask, variant=variant, normalize=normalize)
-    if variant == "official":
-        weight = weight.square()
-    return weight.reshape(-1, *weight.shape[-3:]).sum(0)
+) -> list[Tensor]:
+    """Weight (B, H, W) of the squared difference at each level, stages added."""
+    summaries = summarize_queries(queries, quality, variant)
+    if variant == "paper" and normalize == "queries":
+        # Nothing in this map is normalised stage by stage: the forms add up before the features are touched.
+        summaries = summaries.sum(0, keepdim=True)
+    maps = [
+        weight_maps(teacher, summaries, queries.shape[-2], valid, variant=variant, normalize=normalize)
+        for teacher, valid in zip(teachers, masks, strict=True)
+    ]
+    return [(weight.square() if variant == "official" else weight).sum(0) for weight in maps]
 
 
-def _weighted_mean_square(
-    student: Tensor, teacher: Tensor, weight: Tensor, valid: Tensor | None, *, sync: bool
-) -> Tensor:
-    """Mean over valid cells and channels of `weight` (B, H, W) times the squared difference (B, D, H, W)."""
+class _SquaredDistance(torch.autograd.Function):
+    """Squared distance of student and teacher in each valid cell, (B, D, H, W) -> (B, H, W), 0 elsewhere.
+
+    Keeps nothing for the backward pass but its inputs. Whatever is in the padding, not a number included, stays out
+    of value and gradient.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        distance = torch.linalg.vector_norm(_difference(student, teacher), dim=1).square()
+        return distance if valid is None else distance.where(valid, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, valid = ctx.saved_tensors
+        gradient = 2 * grad.unsqueeze(1) * _difference(student, teacher)
+        if valid is not None:
+            gradient = gradient.where(valid.unsqueeze(1), 0.0)
+        return gradient.to(student.dtype), None, None
+
+
+def _difference(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = shared_precision(student, teacher)
-    if valid is None:
-        cells = weight.new_full((), weight.numel())
-    else:
-        cells = valid.sum().to(weight.dtype)
-        # Whatever is in the padding, not a number included, stays out of value and gradient.
-        student, teacher = (features.where(valid.unsqueeze(1), 0.0) for features in (student, teacher))
-    per_cell = (student - teacher).square().sum(1) * weight
-    return per_cell.sum() / (replica_mean(cells, sync=sync) * max(student.shape[1], 1))
+    return student - teacher
 
 
 def _as_levels(levels: Levels) -> list[Tensor]:
     return [levels] if isinstance(levels, Tensor) else list(levels)
-
-
-def _check_features(name: str, features: Tensor) -> None:
-    check_floating(name, features)
-    if features.ndim != 4:
-        msg = f"`{name}` must have shape (B, D, H, W), got {tuple(features.shape)}"
-        raise ValueError(msg)
-
-
-def _check_options(variant: Variant, normalize: Normalize | None) -> Normalize:
-    check_choice("variant", variant, VARIANTS)
-    if normalize is None:
-        return _DEFAULT_NORMALIZE[variant]
-    check_choice("normalize", normalize, NORMALIZATIONS)
-    return normalize
-
-
-def _check_queries(name: str, queries: Tensor, quality: Tensor, features_name: str, features: Tensor) -> None:
-    check_floating(name, queries)
-    check_floating("quality", quality)
-    if queries.ndim < 3 or queries.shape[-1] != features.shape[1] or queries.shape[-3] != features.shape[0]:
-        msg = (
-            f"`{name}` must have shape (B, M, D) or (L, B, M, D) with B and D of `{features_name}` "
-            f"{tuple(features.shape)}, got {tuple(queries.shape)}"
-        )
-        raise ValueError(msg)
-    check_same_shape("quality", quality.shape, name, queries.shape[:-1], "(..., B, M)")
-    check_same_device(features_name, features, **{name: queries, "quality": quality})
-
-
-def _check_padding_mask(padding_mask: Tensor | None, features_name: str, features: Tensor) -> None:
-    if padding_mask is not None:
-        check_dtype("padding_mask", padding_mask, torch.bool)
-        shape = (features.shape[0], *features.shape[-2:])
-        check_same_shape("padding_mask", padding_mask.shape, features_name, shape, "(B, H, W)")
-        check_same_device(features_name, features, padding_mask=padding_mask)
 
 
 class TargetAwareFeatureLoss(LossModule):
@@ -346,8 +227,11 @@ class TargetAwareFeatureLoss(LossModule):
                     f"got {len(students)}"
                 )
                 raise ValueError(msg)
-            students = [project(level) for project, level in zip(self.projections, students, strict=True)]
-        students = [_resize(student, teacher.shape[-2:]) for student, teacher in zip(students, teachers, strict=False)]
+            students = [_project(level, conv) for level, conv in zip(students, self.projections, strict=True)]
+        if len(students) == len(teachers):
+            students = [
+                _resize(student, teacher.shape[-2:]) for student, teacher in zip(students, teachers, strict=True)
+            ]
         return target_aware_feature_loss(
             students, teachers, teacher_queries, quality, padding_mask=padding_mask, **self.options
         )
@@ -357,6 +241,14 @@ def _channels(channels: int | Sequence[int] | None) -> list[int]:
     if channels is None:
         return []
     return [channels] if isinstance(channels, int) else list(channels)
+
+
+def _project(features: Tensor, projection: nn.Module) -> Tensor:
+    """Half-precision features meet the parameters in the precision that those have."""
+    if isinstance(projection, nn.Conv2d):
+        features = features.to(projection.weight.dtype)
+    projected: Tensor = projection(features)
+    return projected
 
 
 def _resize(features: Tensor, size: torch.Size) -> Tensor:

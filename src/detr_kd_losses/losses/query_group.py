@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from detr_kd_losses._checks import check_dtype, check_logits
 from detr_kd_losses.losses.detection import DetectionClassLoss, DetectionLoss, detection_loss
 
 __all__ = ["TeacherAssignedQueryLoss", "query_group_attention_mask", "teacher_assigned_query_loss"]
@@ -71,6 +72,8 @@ def teacher_assigned_query_loss(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 10.
     """
+    check_logits("group_logits", group_logits)
+    check_dtype("teacher_assignment", teacher_assignment, torch.int64)
     if tuple(teacher_assignment.shape) != tuple(group_logits.shape[:-1]):
         msg = (
             "`teacher_assignment` must have one entry for each query of the group, dimensions "

@@ -98,10 +98,10 @@ def query_quality(
     mask = target_mask.expand(*batch, -1)
     if variant == "official":
         return _top_scores(scores, topk) * _best_iou(iou, mask)
-    labels = gather_partners(target_labels.expand(*batch, -1), teacher_assignment)
+    matched = teacher_assignment >= 0
+    labels = gather_partners(target_labels.expand(*batch, -1), teacher_assignment).where(matched, 0)
     score = scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     matched_iou = gather_partners(iou, teacher_assignment.unsqueeze(-1)).squeeze(-1)
-    matched = teacher_assignment >= 0
     return torch.where(matched, score**gamma * matched_iou ** (1 - gamma), 0.0)
 
 
