@@ -22,10 +22,10 @@ from detr_kd_losses.costs import ClassCost, box_cost, detection_cost, distillati
 
 __all__ = ["match_targets", "match_teacher"]
 
-# Entries of a batch of cost matrices that are built and solved at a time. Building one takes about ten times its
-# own memory: 0.7 GB in float32 on a CPU. A GPU has the memory, and is idle with fewer problems than processors.
-_LARGEST_COST_CPU = 2**24
-_LARGEST_COST = 2**28
+# Cost entries of a batch that are built and solved at a time on a CPU. Building a cost takes about ten temporaries of
+# its size: few problems at a time keep them in the cache. Solving more at a time keeps more threads busy.
+_BUILT_AT_ONCE = 2**18
+_SOLVED_AT_ONCE = 2**24
 
 
 @torch.no_grad()
@@ -194,20 +194,28 @@ def _assign(
 ) -> Tensor:
     """Solve ``cost(*tensors)``, with the same leading dimensions everywhere, as many problems at a time as fit."""
     *batch, rows, _ = tensors[0].shape
-    columns = tensors[-1].shape[-2]
+    entries = rows * tensors[-1].shape[-2]
     problems = math.prod(batch)
-    limit = _LARGEST_COST_CPU if tensors[0].device.type == "cpu" else _LARGEST_COST
-    at_once = max(1, limit // max(1, rows * columns))
-    if problems <= at_once:
+    on_cpu = tensors[0].device.type == "cpu"
+    # A compiler fuses the temporaries away; a GPU has the memory, and is idle with few problems at a time.
+    if problems * entries <= _BUILT_AT_ONCE or torch.compiler.is_compiling() or not on_cpu:
         return linear_sum_assignment(cost(*tensors), row_mask=row_mask, column_mask=column_mask, backend=backend)
-    every = [
-        None if tensor is None else tensor.flatten(0, len(batch) - 1).split(at_once)
-        for tensor in (row_mask, column_mask, *tensors)
-    ]
-    chunks = []
-    for chunk in range(math.ceil(problems / at_once)):
-        row_chunk, column_chunk, *tensor_chunks = (None if t is None else t[chunk] for t in every)
-        chunks.append(
-            linear_sum_assignment(cost(*tensor_chunks), row_mask=row_chunk, column_mask=column_chunk, backend=backend)
+    flat = [tensor.reshape(problems, *tensor.shape[len(batch) :]) for tensor in tensors]
+    assignments = []
+    for solved in _slices(0, problems, _SOLVED_AT_ONCE // entries):
+        blocks = _slices(solved.start, solved.stop, _BUILT_AT_ONCE // entries)
+        assignments.append(
+            linear_sum_assignment(
+                torch.cat([cost(*(tensor[block] for tensor in flat)) for block in blocks]),
+                row_mask=None if row_mask is None else row_mask.reshape(problems, -1)[solved],
+                column_mask=None if column_mask is None else column_mask.reshape(problems, -1)[solved],
+                backend=backend,
+            )
         )
-    return torch.cat(chunks).reshape(*batch, rows)
+    return torch.cat(assignments).reshape(*batch, rows)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` (at least 1) from `start` to `stop`."""
+    size = max(1, size)
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
