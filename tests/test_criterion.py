@@ -243,7 +243,7 @@ def without(output, field):
         (lambda s, t, g: (s, t._replace(boxes=t.boxes[:, :, :-1]), g), r"`teacher.logits` and `teacher.boxes` must have the same dimensions \(..., N\)"),
         (lambda s, t, g: (s, t._replace(logits=t.logits[..., :-1]), g), "`teacher_logits` must have the student's 5 classes .pass `class_map` if they differ., got 4"),
         (lambda s, t, g: (s, t._replace(logits=t.logits[0, 0], boxes=t.boxes[0, 0]), g), r"`teacher.logits` must have shape \(L, B, N, C\) or \(B, N, C\), got \(9, 5\)"),
-        (lambda s, t, g: (s._replace(group_logits=s.group_logits[:, :, 1:], group_boxes=s.group_boxes[:, :, 1:]), t, g), r"`teacher_assignment` must have one entry for each query of the group"),
+        (lambda s, t, g: (s._replace(group_logits=s.group_logits[:, :, 1:], group_boxes=s.group_boxes[:, :, 1:]), t, g), r"`teacher_assignment` and `group_logits` must have the same dimensions \(..., N\), got \(3, 2, 9\) and \(3, 2, 8\)"),
         (lambda s, t, g: (s, t, g._replace(labels=g.labels[:1], boxes=g.boxes[:1], mask=g.mask[:1])), r"`target_labels` must have the batch dimensions of `logits`"),
         (lambda s, t, g: (s._replace(features=s.features[:1]), t, g), "`teacher_features` must have as many levels as `student_features`"),
     ],

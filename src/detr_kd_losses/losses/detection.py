@@ -86,24 +86,7 @@ def detection_loss(
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
         Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
     """
-    check_predictions("", logits, boxes)
-    check_batched("logits", logits)
-    check_targets_shape(
-        target_labels,
-        target_boxes,
-        target_mask,
-        batch_shape=logits.shape[:-2],
-        like=logits,
-        like_name="logits",
-    )
-    # One set of targets for all stages: their number is what the terms are divided by.
-    if target_labels.shape[:-1] != logits.shape[-3:-2]:
-        msg = (
-            f"`target_labels` must have shape (B, T) with the batch of `logits` {tuple(logits.shape)}, "
-            f"got {tuple(target_labels.shape)}"
-        )
-        raise ValueError(msg)
-    check_assignment("assignment", assignment, "logits", logits)
+    check_supervision("", logits, boxes, target_labels, target_boxes, target_mask, "assignment", assignment)
     check_choice("class_loss", class_loss, ("focal", "cross_entropy"))
     logits, boxes, target_boxes = shared_precision(logits, boxes, target_boxes)
 
@@ -131,6 +114,38 @@ def detection_loss(
         "loss_bbox": weight_bbox * (masked_sum(distance, matched, 2) / num_targets).sum(),
         "loss_giou": weight_giou * (masked_sum(overlap, matched, 2) / num_targets).sum(),
     }
+
+
+def check_supervision(
+    prefix: str,
+    logits: Tensor,
+    boxes: Tensor,
+    target_labels: Tensor,
+    target_boxes: Tensor,
+    target_mask: Tensor,
+    assignment_name: str,
+    assignment: Tensor,
+) -> None:
+    """Raise unless predictions, targets and assignment fit; `prefix` is that of the predictions' names."""
+    name = f"{prefix}logits"
+    check_predictions(prefix, logits, boxes)
+    check_batched(name, logits)
+    check_targets_shape(
+        target_labels,
+        target_boxes,
+        target_mask,
+        batch_shape=logits.shape[:-2],
+        like=logits,
+        like_name=name,
+    )
+    # One set of targets for all stages: their number is what the terms are divided by.
+    if target_labels.shape[:-1] != logits.shape[-3:-2]:
+        msg = (
+            f"`target_labels` must have shape (B, T) with the batch of `{name}` {tuple(logits.shape)}, "
+            f"got {tuple(target_labels.shape)}"
+        )
+        raise ValueError(msg)
+    check_assignment(assignment_name, assignment, name, logits)
 
 
 def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tensor:

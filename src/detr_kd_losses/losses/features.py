@@ -100,7 +100,7 @@ def target_aware_feature_loss(
     weights = _loss_weights(teachers, teacher_queries, quality, masks, variant=variant, normalize=normalize)
     losses = []
     for student, teacher, weight, valid in zip(students, teachers, weights, masks, strict=True):
-        distance = _SquaredDistance.apply(student, teacher.detach(), valid)
+        distance: Tensor = _SquaredDistance.apply(student, teacher.detach(), valid)  # type: ignore[no-untyped-call]
         cells = weight.new_full((), weight.numel()) if valid is None else valid.sum().to(weight.dtype)
         count = replica_mean(cells, sync=sync_normalizer) * max(student.shape[1], 1)
         losses.append((distance * weight).sum() / count)
@@ -140,7 +140,7 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
-        distance = torch.linalg.vector_norm(_difference(student, teacher), dim=1).square()
+        distance: Tensor = torch.linalg.vector_norm(_difference(student, teacher), dim=1).square()
         return distance if valid is None else distance.where(valid, 0.0)
 
     @staticmethod
@@ -150,7 +150,7 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         student, teacher, valid = ctx.saved_tensors
-        gradient = 2 * grad.unsqueeze(1) * _difference(student, teacher)
+        gradient = _difference(student, teacher).mul_(2 * grad.unsqueeze(1))
         if valid is not None:
             gradient = gradient.where(valid.unsqueeze(1), 0.0)
         return gradient.to(student.dtype), None, None

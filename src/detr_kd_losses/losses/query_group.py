@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import check_dtype, check_logits
-from detr_kd_losses.losses.detection import DetectionClassLoss, DetectionLoss, detection_loss
+from detr_kd_losses.losses.detection import DetectionClassLoss, DetectionLoss, check_supervision, detection_loss
 
 __all__ = ["TeacherAssignedQueryLoss", "query_group_attention_mask", "teacher_assigned_query_loss"]
 
@@ -72,14 +71,16 @@ def teacher_assigned_query_loss(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 10.
     """
-    check_logits("group_logits", group_logits)
-    check_dtype("teacher_assignment", teacher_assignment, torch.int64)
-    if tuple(teacher_assignment.shape) != tuple(group_logits.shape[:-1]):
-        msg = (
-            "`teacher_assignment` must have one entry for each query of the group, dimensions "
-            f"{tuple(group_logits.shape[:-1])} of `group_logits`, got {tuple(teacher_assignment.shape)}"
-        )
-        raise ValueError(msg)
+    check_supervision(
+        "group_",
+        group_logits,
+        group_boxes,
+        target_labels,
+        target_boxes,
+        target_mask,
+        "teacher_assignment",
+        teacher_assignment,
+    )
     return detection_loss(
         group_logits,
         group_boxes,

@@ -88,12 +88,15 @@ def summarize_queries(queries: Tensor, quality: Tensor, variant: Variant) -> Ten
     queries, quality = shared_precision(queries, quality)
     queries = queries.reshape(queries.shape[:-3].numel(), *queries.shape[-3:])
     length = torch.linalg.vector_norm(queries, dim=-1).clamp(min=torch.finfo(queries.dtype).tiny)
+    directions = queries / length.unsqueeze(-1)
     quality = quality.reshape(length.shape)
     with full_precision_matmul(queries):
+        summary: Tensor
         if variant == "paper":
-            directions = queries / length.unsqueeze(-1)
-            return directions.mT @ (quality.unsqueeze(-1) * directions)
-        return ((quality / length).unsqueeze(-2) @ queries).squeeze(-2)
+            summary = directions.mT @ (quality.unsqueeze(-1) * directions)
+        else:
+            summary = (quality.unsqueeze(-2) @ directions).squeeze(-2)
+    return summary
 
 
 def weight_maps(
