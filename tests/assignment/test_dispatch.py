@@ -101,8 +101,8 @@ def test_compiles_without_graph_break():
 
 @pytest.mark.parametrize("backend", ["scipy", pytest.param("lapx", marks=WITH_LAPX)])
 def test_large_problems_in_threads_equal_problem_by_problem(backend, monkeypatch):
-    cost = torch.rand(6, 60, 70)
-    columns = torch.rand(6, 70) < 0.8
+    cost = torch.rand(6, 130, 140)
+    columns = torch.rand(6, 140) < 0.8
     monkeypatch.setattr(_cpu, "_available_cpus", lambda: 3)
     threaded = dkl.linear_sum_assignment(cost, column_mask=columns, backend=backend)
     monkeypatch.setattr(_cpu, "_available_cpus", lambda: 1)
@@ -117,7 +117,7 @@ def test_an_error_in_a_thread_is_not_lost(monkeypatch):
     monkeypatch.setattr(_cpu, "_available_cpus", lambda: 2)
     monkeypatch.setattr(assignment_module, "BACKENDS", {"broken": _cpu.CpuBackend(fail)})
     with pytest.raises(ArithmeticError, match="solver broke"):
-        dkl.linear_sum_assignment(torch.rand(4, 60, 60))
+        dkl.linear_sum_assignment(torch.rand(4, 130, 130))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,12 @@ __all__: list[str] = []
 
 Indices = npt.NDArray[np.integer]
 Costs = npt.NDArray[np.floating]
+Valid = slice | npt.NDArray[np.intp]
 
-# Problems with fewer rows or columns take a solver less than handing them to a thread does.
-_THREADED_SIZE = 50
+# Problems with fewer rows or columns take a solver little more than handing them to a thread does.
+_THREADED_SIZE = 128
+# With fewer, looking for non-finite entries takes longer than lapx saves.
+_LAPX_SIZE = 8
 
 
 class CpuBackend:
@@ -32,7 +35,7 @@ class CpuBackend:
         solve_one: Callable[[Costs], tuple[Indices, Indices]],
         reasons: Callable[[], list[str]] = list,
     ) -> None:
-        """Take a solver of one finite cost matrix that releases the interpreter lock."""
+        """Take a solver of one cost matrix that releases the interpreter lock."""
         self._solve_one = solve_one
         self._reasons = reasons
 
@@ -43,55 +46,53 @@ class CpuBackend:
     def solve(self, cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None) -> Tensor:
         """Solve each problem of the batch."""
         assignment = np.full(cost.shape[:2], -1, dtype=np.int64)
-        costs = cost.cpu().numpy()
-        rows = _valid_indices(row_mask, len(costs))
-        columns = _valid_indices(column_mask, len(costs))
-
-        def solve_into(problem: int) -> None:
-            self._solve_valid(costs[problem], rows[problem], columns[problem], out=assignment[problem])
-
-        threads = min(_available_cpus(), len(costs))
+        rows = _valid(row_mask, len(cost))
+        columns = _valid(column_mask, len(cost))
+        problems = list(zip(assignment, cost.cpu().numpy(), rows, columns, strict=True))
+        threads = min(_available_cpus(), len(problems))
         if threads > 1 and min(cost.shape[1:]) >= _THREADED_SIZE:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(solve_into, range(len(costs))))
+                list(pool.map(lambda problem: self._solve_valid(*problem), problems))
         else:
-            for problem in range(len(costs)):
-                solve_into(problem)
+            for problem in problems:
+                self._solve_valid(*problem)
         return torch.from_numpy(assignment).to(cost.device)
 
-    def _solve_valid(
-        self, cost: Costs, rows: Indices | None, columns: Indices | None, *, out: npt.NDArray[np.int64]
-    ) -> None:
-        """Solve one problem among its valid rows and columns."""
-        if rows is not None:
-            cost = cost[rows]
-        if columns is not None:
-            cost = cost[:, columns]
-        if cost.size == 0:
-            return
-        matched_rows, matched_columns = self._solve_one(_replace_non_finite(cost))
-        if rows is not None:
+    def _solve_valid(self, assignment: npt.NDArray[np.int64], cost: Costs, rows: Valid, columns: Valid) -> None:
+        """Write the solution of one problem, among its valid rows and columns, into `assignment` (N,)."""
+        matched_rows, matched_columns = self._solve_one(cost[rows][:, columns])
+        if not isinstance(rows, slice):
             matched_rows = rows[matched_rows]
-        if columns is not None:
+        if not isinstance(columns, slice):
             matched_columns = columns[matched_columns]
-        out[matched_rows] = matched_columns
+        assignment[matched_rows] = matched_columns
 
 
 def scipy_backend() -> CpuBackend:
     """SciPy's shortest augmenting paths in float64: the reference."""
-    return CpuBackend(scipy.optimize.linear_sum_assignment)
+    return CpuBackend(_solve_by_scipy)
 
 
 def lapx_backend() -> CpuBackend:
-    """lapx's bounded Jonker-Volgenant in float64: about twice as fast as SciPy, where it is installed."""
+    """The bounded Jonker-Volgenant of lapx in float64: about twice as fast as SciPy, where it is installed."""
+    return CpuBackend(_solve_by_lapx, _lapx_reasons)
 
-    def solve_one(cost: Costs) -> tuple[Indices, Indices]:
-        import lap  # noqa: PLC0415  # optional, and only loaded where it is used
 
-        rows, columns = lap.lapjvr(cost, extend_cost=True, return_cost=False, precision="float64")
-        return rows, columns
+def _solve_by_scipy(cost: Costs) -> tuple[Indices, Indices]:
+    try:
+        return scipy.optimize.linear_sum_assignment(cost)
+    except ValueError:  # it has NaN or -inf, or no matching without inf
+        return scipy.optimize.linear_sum_assignment(_replace_non_finite(cost))
 
-    return CpuBackend(solve_one, _lapx_reasons)
+
+def _solve_by_lapx(cost: Costs) -> tuple[Indices, Indices]:
+    import lap  # noqa: PLC0415  # optional, and only loaded where it is used
+
+    if min(cost.shape) < _LAPX_SIZE:
+        return _solve_by_scipy(cost)
+    cost = _replace_non_finite(cost)
+    rows, columns = lap.lapjvr(cost, extend_cost=True, return_cost=False, precision="float64")
+    return rows, columns
 
 
 def _lapx_reasons() -> list[str]:
@@ -107,11 +108,17 @@ def _available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _valid_indices(mask: Tensor | None, problems: int) -> list[Indices | None]:
-    """Indices of the valid rows (columns) of each problem; None where all are valid."""
+def _valid(mask: Tensor | None, problems: int) -> list[Valid]:
+    """Valid rows (columns) of each problem: a slice where they come first, as behind them is padding, else indices."""
     if mask is None:
-        return [None] * problems
-    return [None if valid.all() else np.flatnonzero(valid) for valid in mask.cpu().numpy()]
+        return [slice(None)] * problems
+    valid = mask.cpu().numpy()
+    counts = valid.sum(1)
+    first = (valid == (np.arange(valid.shape[1]) < counts[:, None])).all(1)
+    return [
+        slice(0, count) if is_first else np.flatnonzero(one)
+        for one, count, is_first in zip(valid, counts.tolist(), first.tolist(), strict=True)
+    ]
 
 
 def _replace_non_finite(cost: Costs) -> Costs:
