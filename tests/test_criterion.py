@@ -48,12 +48,12 @@ def leaves(output):
     return [tensor for tensor in tensors if tensor is not None]
 
 
+@pytest.mark.parametrize("normalize", [None, "max", "mean"])
 @pytest.mark.parametrize("preset", ["official", "paper"])
-def test_is_the_sum_of_its_parts(preset):
+def test_is_the_sum_of_its_parts(preset, normalize):
     student, teacher, targets = make_output(0, 3, 7, group=9), make_output(1, 6, 9), make_targets()
-    losses = dkl.DETRDistillationLoss(preset, weight_logits=0.5, weight_feature=7.0, weight_query_group=3.0)(
-        student, teacher, targets
-    )
+    weights = {"weight_logits": 0.5, "weight_feature": 7.0, "weight_query_group": 3.0}
+    losses = dkl.DETRDistillationLoss(preset, normalize=normalize, **weights)(student, teacher, targets)
     assigned = dkl.match_targets(teacher.logits, teacher.boxes, *targets)
     t_logits, t_boxes, t_assigned = (dkl.select_stages(t, 3) for t in (teacher.logits, teacher.boxes, assigned))
     positive = t_assigned >= 0 if preset == "paper" else None
@@ -63,7 +63,7 @@ def test_is_the_sum_of_its_parts(preset):
     )
     quality = dkl.query_quality(teacher.logits, teacher.boxes, *targets, assigned, variant=preset)
     feature = dkl.target_aware_feature_loss(
-        student.features, teacher.features, teacher.queries, quality, variant=preset
+        student.features, teacher.features, teacher.queries, quality, variant=preset, normalize=normalize
     )
     group = dkl.teacher_assigned_query_loss(student.group_logits, student.group_boxes, *targets, t_assigned)
     expected = {"loss_kd_feature": 7.0 * feature}
@@ -255,7 +255,7 @@ def test_a_mistake_gets_an_error_that_names_it(change, message):
 
 
 def test_unknown_options():
-    with pytest.raises(ValueError, match="`preset` must be one of 'official', 'paper', got 'best'"):
+    with pytest.raises(ValueError, match="`preset` must be one of 'paper', 'official', got 'best'"):
         dkl.DETRDistillationLoss("best")
     with pytest.raises(ValueError, match="`stage_map` must be one of 'even', 'last', got 'first'"):
         dkl.DETRDistillationLoss(stage_map="first")(make_output(0, 3, 7), make_output(1, 4, 7), make_targets())

@@ -27,7 +27,7 @@ from detr_kd_losses.stages import StageMap, select_stages
 
 __all__ = ["DETRDistillationLoss", "DetectorOutput", "Targets", "pad_targets"]
 
-Preset = Literal["official", "paper"]
+Preset = Literal["paper", "official"]
 
 
 class DetectorOutput(NamedTuple):
@@ -124,13 +124,14 @@ class DETRDistillationLoss(nn.Module):
     the teacher for the feature loss, ``group_logits`` and ``group_boxes`` of the student for the query group. One
     side without the other is an error.
 
-    Two presets set how. ``"official"`` follows the paper's public code, but with the teacher's real assignment: all
-    queries matched jointly and distilled by class and box, features weighted by the squared, max-normalised mask of
-    the top-scored queries. ``"paper"`` follows the equations: positives first, by class and box, negatives by box
-    alone; features weighted by quality times squared similarity.
+    Two presets set how. ``"paper"`` follows the equations: positive teacher queries are matched first and distilled by
+    class and box, negative ones by box alone; features are weighted by quality times squared similarity. ``"official"``
+    follows the paper's public code, but with the teacher's real assignment: all queries are matched jointly and
+    distilled by class and box, features weighted by the squared mask of the top-scored queries. Prefer ``"paper"``
+    where the teacher has more queries than the student: a joint matching then leaves most positive queries out.
 
     Args:
-        preset: ``"official"`` or ``"paper"``.
+        preset: ``"paper"`` or ``"official"``.
         weight_logits: Weight of :func:`hungarian_distillation_loss`.
         weight_feature: Weight of :func:`target_aware_feature_loss`.
         weight_query_group: Weight of :func:`teacher_assigned_query_loss`.
@@ -142,7 +143,8 @@ class DETRDistillationLoss(nn.Module):
         class_map: Student class of each teacher class, -1 = dropped (:func:`map_class_logits`). Targets of a class
             that the teacher does not know have no part in what it teaches.
         temperature: Temperature of the class term.
-        normalize: See :func:`target_aware_mask`; None: the variant's own.
+        normalize: See :func:`target_aware_mask`. ``"max"`` keeps the feature loss of the order of the others; None is
+            the variant's own, for ``"paper"`` the 1 / M of Eq. 9, at which a weight of 20 does next to nothing.
         stage_map: Which teacher layer teaches which student layer (:func:`select_stages`).
         sync_normalizer: Whether normalisers are averaged over replicas when torch.distributed is initialised.
         backend: Solver of the matching (:func:`linear_sum_assignment`).
@@ -163,7 +165,7 @@ class DETRDistillationLoss(nn.Module):
 
     def __init__(
         self,
-        preset: Preset = "official",
+        preset: Preset = "paper",
         *,
         weight_logits: float = 1.0,
         weight_feature: float = 20.0,
@@ -174,13 +176,13 @@ class DETRDistillationLoss(nn.Module):
         teacher_activation: Activation = "sigmoid",
         class_map: ClassMap | None = None,
         temperature: float = 1.0,
-        normalize: Normalize | None = None,
+        normalize: Normalize | None = "max",
         stage_map: StageMap = "even",
         sync_normalizer: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_choice("preset", preset, ("official", "paper"))
+        check_choice("preset", preset, ("paper", "official"))
         self.variant: Variant = preset
         self.weight_logits = weight_logits
         self.weight_feature = weight_feature
