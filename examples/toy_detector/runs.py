@@ -1,0 +1,104 @@
+"""The trainings that the demo compares, each a function that a worker process can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from model import TinyDETR
+from shapes import CLASSES, ShapeImages, make_shapes
+from train import History, Teacher, train
+
+import detr_kd_losses as dkl
+
+TEACHER: dict[str, Any] = {"num_queries": 48, "backbone_width": 16, "residual_blocks": 1, "encoder_layers": 2}
+STUDENT: dict[str, Any] = {"num_queries": 16, "backbone_width": 8, "residual_blocks": 0, "encoder_layers": 1}
+
+ALONE, RECOMMENDED = "student alone", "+ logits + features"
+SETTINGS: dict[str, set[str]] = {  # which of the three losses join the detection loss
+    ALONE: set(),
+    "+ logits": {"logits"},
+    "+ features": {"feature"},
+    "+ query group": {"query_group"},
+    RECOMMENDED: {"logits", "feature"},
+    "+ all three": {"logits", "feature", "query_group"},
+}
+
+
+class Scale(NamedTuple):
+    """How much is trained."""
+
+    images: int
+    teacher_steps: int
+    student_steps: int
+
+
+def train_teacher(directory: Path, scale: Scale, on_step: Callable[[], None]) -> History:
+    """Train the teacher and save its weights."""
+    torch.manual_seed(0)
+    model = TinyDETR(num_classes=len(CLASSES), **TEACHER)
+    history = train(
+        model, training_images(scale), validation_images(), steps=scale.teacher_steps, seed=0, on_step=on_step
+    )
+    torch.save(model.state_dict(), weights_file(directory, "teacher"))
+    return history
+
+
+def train_student(setting: str, seed: int, directory: Path, scale: Scale, on_step: Callable[[], None]) -> History:
+    """Train one student, the same for each setting but for its losses, and save its weights."""
+    torch.manual_seed(seed)
+    model = TinyDETR(num_classes=len(CLASSES), **STUDENT)
+    losses = SETTINGS[setting]
+    history = train(
+        model,
+        training_images(scale),
+        validation_images(),
+        steps=scale.student_steps,
+        seed=seed,
+        teacher=ready_teacher(directory, scale) if losses else None,
+        distillation=distillation_loss(losses) if losses else None,
+        on_step=on_step,
+    )
+    torch.save(model.state_dict(), weights_file(directory, setting, seed))
+    return history
+
+
+def distillation_loss(losses: set[str]) -> dkl.DETRDistillationLoss:
+    """Return the criterion, with its own weights, for some of the three losses.
+
+    The teacher has more queries than the student: the default preset matches those first that found an object, so that
+    none of them goes without a student query.
+    """
+    off = {f"weight_{loss}": 0.0 for loss in ("logits", "feature", "query_group") if loss not in losses}
+    return dkl.DETRDistillationLoss(**off)
+
+
+def training_images(scale: Scale) -> ShapeImages:
+    """Return the images that everyone learns from."""
+    return make_shapes(scale.images, seed=0)
+
+
+def validation_images() -> ShapeImages:
+    """Return the images that everyone is judged by."""
+    return make_shapes(500, seed=1)
+
+
+@cache
+def ready_teacher(directory: Path, scale: Scale) -> Teacher:
+    """Load the teacher and its outputs, once in a worker process."""
+    return Teacher.from_model(load_detector(TEACHER, weights_file(directory, "teacher")), training_images(scale))
+
+
+def load_detector(kind: dict[str, Any], weights: Path) -> TinyDETR:
+    """Return a detector with saved weights, in evaluation mode."""
+    model = TinyDETR(num_classes=len(CLASSES), **kind)
+    model.load_state_dict(torch.load(weights))
+    return model.eval()
+
+
+def weights_file(directory: Path, setting: str, seed: int = 0) -> Path:
+    """Return where the weights of a run are."""
+    return directory / f"{setting} {seed}.pt"

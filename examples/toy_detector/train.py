@@ -1,0 +1,136 @@
+"""Train one detector, alone or under a teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from average_precision import average_precision
+from model import TinyDETR
+from shapes import ShapeImages
+from torch import Tensor
+
+import detr_kd_losses as dkl
+
+
+@dataclass
+class History:
+    """What a training leaves behind: AP and AP50 of the validation images after some of its steps, and its cost."""
+
+    steps: list[int] = field(default_factory=list)
+    ap: list[float] = field(default_factory=list)
+    ap50: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # of processor time, without those of the evaluation
+
+
+Histories = dict[str, dict[int, History]]  # by setting, then by seed
+
+
+@dataclass
+class Teacher:
+    """A trained detector, and what it says about every training image."""
+
+    model: TinyDETR
+    outputs: dkl.DetectorOutput
+
+    @classmethod
+    def from_model(cls, model: TinyDETR, data: ShapeImages) -> Teacher:
+        """Run the teacher over the training images: once, as the images are never augmented."""
+        return cls(model, predict(model, data))
+
+    def batch(self, indices: Tensor) -> dkl.DetectorOutput:
+        """Return the cached outputs of some images."""
+        outputs = self.outputs
+        return dkl.DetectorOutput(
+            logits=outputs.logits[:, indices],
+            boxes=outputs.boxes[:, indices],
+            queries=outputs.queries[:, indices],
+            features=outputs.features[indices],
+        )
+
+
+def train(
+    model: TinyDETR,
+    data: ShapeImages,
+    validation: ShapeImages,
+    *,
+    steps: int,
+    seed: int,
+    teacher: Teacher | None = None,
+    distillation: dkl.DETRDistillationLoss | None = None,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    evaluations: int = 5,
+    on_step: Callable[[], None] = lambda: None,
+) -> History:
+    """Train `model` in place: detection loss, plus the distillation terms where there is a teacher."""
+    modules = [model] if distillation is None else [model, distillation]  # the latter may own a projection
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    evaluate_at = {round(steps * (k + 1) / evaluations) for k in range(evaluations)}
+    query_group = distillation is not None and distillation.weight_query_group > 0
+    history = History()
+    for step, indices in zip(range(1, steps + 1), endless_batches(len(data), batch_size, seed), strict=False):
+        start = time.process_time()
+        batch = data.select(indices)
+        student_output = model(batch.normalised(), teacher.model if query_group else None)
+        loss = detection_loss(student_output, batch.targets)
+        if distillation is not None:
+            loss = loss + sum(distillation(student_output, teacher.batch(indices), batch.targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm=5.0)
+        optimizer.step()
+        schedule.step()
+        history.seconds += time.process_time() - start
+        if step in evaluate_at:
+            ap, ap50 = evaluate(model, validation)
+            history.steps.append(step)
+            history.ap.append(ap)
+            history.ap50.append(ap50)
+        on_step()
+    return history
+
+
+def detection_loss(output: dkl.DetectorOutput, targets: dkl.Targets) -> Tensor:
+    """Return the usual loss of Deformable DETR: a fresh matching, then focal, L1 and GIoU terms, for every layer."""
+    assignment = dkl.match_targets(output.logits, output.boxes, *targets)
+    return sum(dkl.detection_loss(output.logits, output.boxes, *targets, assignment).values())
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Rise over the first 5 %, stay until one half, then fall to zero along a cosine."""
+    progress = (step + 1) / steps
+    return min(progress / 0.05, 1.0, (1 + math.cos(math.pi * max(0.0, 2 * progress - 1))) / 2)
+
+
+def endless_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield the indices of one batch after another, every image once an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch_size)
+
+
+def predict(model: TinyDETR, data: ShapeImages) -> dkl.DetectorOutput:
+    """Run a detector over a whole data set, without gradients and in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = [model(data.select(indices).normalised()) for indices in torch.arange(len(data)).split(100)]
+    model.train(was_training)
+    return dkl.DetectorOutput(
+        logits=torch.cat([output.logits for output in outputs], 1),
+        boxes=torch.cat([output.boxes for output in outputs], 1),
+        queries=torch.cat([output.queries for output in outputs], 1),
+        features=torch.cat([output.features for output in outputs]),
+    )
+
+
+def evaluate(model: TinyDETR, validation: ShapeImages) -> tuple[float, float]:
+    """Return AP and AP50 of the last decoder layer on the validation images."""
+    output = predict(model, validation)
+    return average_precision(output.logits[-1], output.boxes[-1], validation.targets)
