@@ -19,6 +19,8 @@ WITH_LAPX = pytest.mark.skipif(not importlib.util.find_spec("lap"), reason="lapx
 class Unable:
     """A backend with reasons against everything."""
 
+    device_type = "cpu"
+
     def unsupported_reasons(self, cost):
         return [f"{cost.shape[-2]} rows are too many", "it is Monday"]
 
@@ -28,6 +30,8 @@ class Unable:
 
 class Recording:
     """A backend that leaves everything unassigned and remembers what it was given."""
+
+    device_type = "cpu"
 
     def unsupported_reasons(self, cost):
         return []
@@ -46,6 +50,22 @@ def test_auto_takes_the_first_without_reasons(monkeypatch):
     assert recording.given[0] == (10, 3, 4)
     assert recording.given[1].shape == (10, 3)
     assert recording.given[2] is None
+
+
+def test_auto_prefers_the_device_of_the_cost(monkeypatch):
+    elsewhere, here = Recording(), Recording()
+    elsewhere.device_type = "cuda"
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"elsewhere": elsewhere, "here": here})
+    assert dkl.select_backend(torch.rand(3, 3)) == "here"
+    assert dkl.select_backend(torch.rand(3, 3, device="meta")) == "elsewhere"
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"elsewhere": elsewhere, "here": Unable()})
+    assert dkl.select_backend(torch.rand(3, 3)) == "elsewhere"
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"(?s)triton: .*it runs on CUDA .* the cost is on cpu.* at most 2048 rows"):
+        dkl.linear_sum_assignment(torch.zeros(2, 3000), backend="triton")
 
 
 def test_a_named_backend_that_cannot_run_raises_with_all_reasons(monkeypatch):

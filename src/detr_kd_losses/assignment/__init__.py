@@ -16,14 +16,15 @@ from detr_kd_losses._checks import (
     full_precision,
 )
 from detr_kd_losses.assignment._cpu import lapx_backend, scipy_backend
+from detr_kd_losses.assignment._triton import TritonBackend
 
 if TYPE_CHECKING:
     from detr_kd_losses.assignment._backend import Backend
 
 __all__ = ["assignment_to_indices", "invert_assignment", "linear_sum_assignment", "select_backend"]
 
-# In order of preference; whoever has another solver may insert it.
-BACKENDS: dict[str, Backend] = {"lapx": lapx_backend(), "scipy": scipy_backend()}
+# In order of preference on the device that each computes on; whoever has another solver may insert it.
+BACKENDS: dict[str, Backend] = {"triton": TritonBackend(), "lapx": lapx_backend(), "scipy": scipy_backend()}
 
 
 def linear_sum_assignment(
@@ -110,7 +111,8 @@ def select_backend(cost: Tensor) -> str:
         cost: (..., N, T); only shape, dtype and device matter.
 
     Returns:
-        The first backend in order of preference that has no reason against it.
+        The first backend without a reason against it: ``"triton"`` on CUDA, in one launch and without a copy to the
+        host; else ``"lapx"`` where it is installed, else ``"scipy"``.
 
     Raises:
         RuntimeError: If none can run; the message has the reasons of each.
@@ -119,7 +121,8 @@ def select_backend(cost: Tensor) -> str:
         >>> select_backend(torch.rand(2, 3, 3)) in ("scipy", "lapx")
         True
     """
-    reasons = {name: solver.unsupported_reasons(cost) for name, solver in BACKENDS.items()}
+    at_home_first = sorted(BACKENDS.items(), key=lambda item: item[1].device_type != cost.device.type)
+    reasons = {name: solver.unsupported_reasons(cost) for name, solver in at_home_first}
     for name, against in reasons.items():
         if not against:
             return name

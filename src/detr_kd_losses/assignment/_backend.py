@@ -14,7 +14,12 @@ class Backend(Protocol):
 
     The dispatcher has checked shapes and flattened the batch: `cost` is (P, N, T) in float32 or float64, detached,
     with any strides; the masks are (P, N) and (P, T) bool, True = takes part, or None. Any size may be 0.
+
+    Attributes:
+        device_type: Where it computes, say ``"cuda"``: ``"auto"`` prefers the backends of the device of the cost.
     """
+
+    device_type: str
 
     def unsupported_reasons(self, cost: Tensor) -> list[str]:
         """Why this backend cannot solve problems like `cost` here and now; empty if it can."""

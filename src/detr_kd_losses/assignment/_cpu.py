@@ -30,6 +30,8 @@ class CpuBackend:
     A cost on another device is copied to the host, which waits for that device.
     """
 
+    device_type = "cpu"
+
     def __init__(
         self,
         solve_one: Callable[[Costs], tuple[Indices, Indices]],
