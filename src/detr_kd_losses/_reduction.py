@@ -19,14 +19,14 @@ def sum_last(values: Tensor, dims: int) -> Tensor:
     return values.sum(dim=tuple(range(-min(dims, values.ndim), 0)))
 
 
-def replica_mean(count: Tensor, *, sync: bool, at_least: float | None = 1.0) -> Tensor:
-    """`count` averaged over the replicas if `sync` and torch.distributed is initialised, clamped from below.
+def replica_mean(count: Tensor, *, sync: bool, at_least: float = 1.0) -> Tensor:
+    """`count` averaged over the replicas if `sync` and torch.distributed is initialised; their sum is `at_least` that.
 
-    Dividing a local sum by the mean count, then averaging gradients over replicas as DistributedDataParallel
-    does, gives the gradients of one process on the joined batch.
+    Dividing a local sum by the mean count, then averaging gradients over replicas as DistributedDataParallel does,
+    gives the gradients of one process on the joined batch.
     """
-    if sync and dist.is_available() and dist.is_initialized():
-        count = count.detach().clone()
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count if at_least is None else count.clamp(min=at_least)
+    if not (sync and dist.is_available() and dist.is_initialized()):
+        return count.clamp(min=at_least)
+    total = count.detach().clone()
+    dist.all_reduce(total)
+    return total.clamp(min=at_least) / dist.get_world_size()

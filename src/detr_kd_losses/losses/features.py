@@ -100,7 +100,7 @@ def target_aware_feature_loss(
     weights = _loss_weights(teachers, teacher_queries, quality, masks, variant=variant, normalize=normalize)
     losses = []
     for student, teacher, weight, valid in zip(students, teachers, weights, masks, strict=True):
-        distance: Tensor = _SquaredDistance.apply(student, teacher.detach(), valid)  # type: ignore[no-untyped-call]
+        distance: Tensor = _SquaredDistance.apply(student, _savable(teacher), _savable(valid))  # type: ignore[no-untyped-call]
         cells = weight.new_full((), weight.numel()) if valid is None else valid.sum().to(weight.dtype)
         count = replica_mean(cells, sync=sync_normalizer) * max(student.shape[1], 1)
         losses.append((distance * weight).sum() / count)
@@ -154,6 +154,15 @@ class _SquaredDistance(torch.autograd.Function):
         if valid is not None:
             gradient = gradient.where(valid.unsqueeze(1), 0.0)
         return gradient.to(student.dtype), None, None
+
+
+def _savable(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` without a graph; a copy of one that was made in inference mode, which autograd refuses to save."""
+    if tensor is None:
+        return None
+    # A compiler cannot trace the question, and does not need the answer.
+    copied = not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if copied else tensor.detach()
 
 
 def _difference(student: Tensor, teacher: Tensor) -> Tensor:
