@@ -1,0 +1,455 @@
+"""Bad days: bad numbers, odd tensors, other modes of torch, other processes."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import detr_kd_losses as dkl
+import soak
+from detr_kd_losses.assignment import BACKENDS, _cpu
+from detr_kd_losses.testing import strategies
+
+BACKEND_NAMES = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 1, 1))]
+PRESETS = ("official", "paper")
+NAN, INF = float("nan"), float("inf")
+
+
+def make_output(seed, *, images=2, stages=2, queries=5, classes=3, group=None, dtype=torch.float32, **kinds):
+    """A detector's outputs: all that the criterion can use."""
+    size = {"stages": stages, "images": images, "classes": classes, **kinds}
+    logits, boxes = strategies.make_predictions(queries=queries, seed=seed, **size)
+    (features,), (mask,) = strategies.make_feature_pyramid(
+        images=images, channels=4, height=3, width=4, padded=True, seed=seed
+    )
+    queries = strategies.make_logits((*boxes.shape[:-1], 4), seed=seed)
+    fields = [logits, boxes, queries, features]
+    if group is not None:
+        fields += strategies.make_predictions(queries=group, seed=seed + 1, **size)
+    logits, boxes, queries, features, *groups = (tensor.to(dtype) for tensor in fields)
+    return dkl.DetectorOutput(logits, boxes, queries, features, mask, *groups)
+
+
+def make_batch(images=2, teachers=6, targets=3, **options):
+    student = make_output(0, images=images, group=teachers, **options)
+    teacher = make_output(10, images=images, queries=teachers, **options)
+    truth = strategies.make_targets(images=images, targets=targets, classes=3, seed=20)
+    return student, teacher, truth._replace(boxes=truth.boxes.to(student.boxes.dtype))
+
+
+def over_tensors(function, output):
+    return type(output)(*(function(value) if isinstance(value, torch.Tensor) else value for value in output))
+
+
+def floating(function):
+    return lambda tensor: function(tensor) if tensor.is_floating_point() else tensor
+
+
+def loss_and_gradients(student, teacher, targets, preset="official", **options):
+    """All terms of the criterion, and the gradient of each of the student's tensors."""
+    criterion = dkl.DETRDistillationLoss(preset, **options)
+    leaves = over_tensors(floating(lambda tensor: tensor.detach().clone().requires_grad_()), student)
+    losses = criterion(leaves, teacher, targets)
+    sum(losses.values()).backward()
+    assert set(losses) >= {"loss_kd_class", "loss_kd_feature", "loss_kd_group_class"}
+    grads = {
+        name: getattr(leaves, name).grad for name in ("logits", "boxes", "features", "group_logits", "group_boxes")
+    }
+    return {name: loss.detach() for name, loss in losses.items()}, grads
+
+
+def assert_finite(*dicts):
+    for values in dicts:
+        dkl.check_finite(**values)
+
+
+# Bad numbers
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("poison", [NAN, INF, -INF, "negative width"])
+def test_one_bad_image_of_sixteen(poison, preset, backend, monkeypatch):
+    monkeypatch.setattr(_cpu, "_LAPX_SIZE", 0)  # small problems would go to SciPy
+    student, teacher, targets = make_batch(images=16)
+    bad = 5
+    good = [image for image in range(16) if image != bad]
+    if poison == "negative width":
+        student.boxes[:, bad, :, 2] = -0.3
+    else:
+        for tensor in (student.logits, student.boxes):
+            tensor[:, bad] = poison
+        student.features[bad] = poison
+    loss_and_gradients(student, teacher, targets, preset, backend=backend)  # the step finishes
+
+    def select(output, images):
+        return over_tensors(lambda tensor: tensor[:, images] if tensor.shape[0] == 2 else tensor[images], output)
+
+    healthy_student, healthy_teacher = select(student, good), select(teacher, good)
+    healthy_targets = dkl.Targets(*(tensor[good] for tensor in targets))
+    to_targets = dkl.match_targets(student.logits, student.boxes, *targets, backend=backend)
+    positive = dkl.match_targets(teacher.logits, teacher.boxes, *targets, backend=backend) >= 0
+
+    def distil(student, teacher, positive, excluded=None):
+        predictions = (student.logits, student.boxes, teacher.logits, teacher.boxes)
+        assignment = dkl.match_teacher(*predictions, teacher_positive=positive, backend=backend)
+        if excluded is not None:
+            assignment[:, excluded] = -1
+        return dkl.hungarian_distillation_loss(*predictions, assignment, teacher_positive=positive), assignment
+
+    losses, assignment = distil(student, teacher, positive, excluded=bad)
+    healthy_losses, healthy_assignment = distil(healthy_student, healthy_teacher, positive[:, good])
+    # The optimum of generic costs is the only one, so that indices may be compared.
+    assert torch.equal(assignment[:, good], healthy_assignment)
+    healthy = dkl.match_targets(healthy_student.logits, healthy_student.boxes, *healthy_targets, backend=backend)
+    assert torch.equal(to_targets[:, good], healthy)
+    assert_close(losses, healthy_losses)
+
+    def distil_features(student, teacher, mask):
+        quality = torch.ones(teacher.queries.shape[:-1])
+        return dkl.target_aware_feature_loss(
+            student.features, teacher.features, teacher.queries, quality, variant=preset, padding_mask=mask
+        )
+
+    mask = teacher.padding_mask.clone()
+    mask[bad] = False
+    assert_close(
+        distil_features(student, teacher, mask),
+        distil_features(healthy_student, healthy_teacher, healthy_teacher.padding_mask),
+    )
+
+
+@pytest.mark.parametrize("heads", [("sigmoid", "sigmoid"), ("softmax", "softmax"), ("softmax", "sigmoid")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_saturated_logits_in_half_precision(preset, dtype, heads):
+    student, teacher, targets = make_batch(dtype=dtype, logit_kind="saturated")
+    if heads == ("softmax", "sigmoid"):
+        teacher = teacher._replace(logits=teacher.logits[..., :-1])
+    targets = targets._replace(labels=targets.labels.clamp(max=1))
+    options = {"student_activation": heads[0], "teacher_activation": heads[1]}
+    losses, gradients = loss_and_gradients(student, teacher, targets, preset, **options)
+    assert_finite(losses, gradients)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda boxes: boxes * torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        lambda boxes: -boxes,
+        lambda boxes: boxes * torch.tensor([1.0, 1.0, -1.0, 1.0]),
+        lambda boxes: 640 * boxes,
+        lambda boxes: boxes + 1e6,
+        torch.zeros_like,
+        lambda boxes: 1e-30 * boxes,
+        lambda boxes: 1e15 * boxes,
+    ],
+    ids=["no area", "negative", "negative width", "pixels", "far away", "zeros", "tiny", "huge"],
+)
+def test_boxes_of_any_numbers(change, preset):
+    student, teacher, targets = make_batch()
+    for odd in (
+        (student._replace(boxes=change(student.boxes), group_boxes=change(student.group_boxes)), teacher, targets),
+        (student, teacher._replace(boxes=change(teacher.boxes)), targets),
+        (student, teacher, targets._replace(boxes=change(targets.boxes))),
+    ):
+        assert_finite(*loss_and_gradients(*odd, preset))
+
+
+# Nothing at all
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "empty",
+    [{"images": 0}, {"teachers": 0}, {"targets": 0}, {"queries": 0}],
+    ids=lambda e: next(iter(e)),
+)
+def test_empty(empty, preset):
+    student, teacher, targets = make_batch(**{name: size for name, size in empty.items() if name != "queries"})
+    if "queries" in empty:
+        student = student._replace(logits=student.logits[:, :, :0], boxes=student.boxes[:, :, :0])
+    assert_finite(*loss_and_gradients(student, teacher, targets, preset))
+
+
+def test_an_empty_feature_map():
+    student, teacher, targets = make_batch()
+    none = {"features": student.features[..., :0], "padding_mask": None}
+    losses, _ = loss_and_gradients(student._replace(**none), teacher._replace(**none), targets)
+    assert losses["loss_kd_feature"] == 0
+
+
+# Odd tensors
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scalar: dkl.box_iou(scalar, scalar),
+        dkl.linear_sum_assignment,
+        lambda scalar: dkl.match_teacher(scalar, scalar, scalar, scalar),
+        lambda scalar: dkl.hungarian_distillation_loss(scalar, scalar, scalar, scalar, scalar.long()),
+        lambda scalar: dkl.detection_loss(scalar, scalar, scalar.long(), scalar, scalar.bool(), scalar.long()),
+        lambda scalar: dkl.target_aware_feature_loss(scalar, scalar, scalar, scalar),
+        lambda scalar: dkl.select_stages(scalar, 2),
+        lambda scalar: dkl.DETRDistillationLoss()(
+            dkl.DetectorOutput(scalar, scalar), dkl.DetectorOutput(scalar, scalar), dkl.Targets(scalar, scalar, scalar)
+        ),
+    ],
+)
+def test_a_tensor_without_dimensions_is_refused_by_name(call):
+    with pytest.raises(ValueError, match=r"^`[a-z0-9_.]+` must have shape"):
+        call(torch.zeros(()))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_strides_do_not_matter(preset):
+    batch = make_batch()
+    expected = loss_and_gradients(*batch, preset)
+    strided = [over_tensors(lambda tensor: tensor.mT.contiguous().mT, part) for part in batch]
+    assert not strided[0].logits.is_contiguous()
+    assert_close(loss_and_gradients(*strided, preset), expected)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_expanded_tensors(preset):
+    """The same image many times, without copies."""
+    student, teacher, targets = make_batch(images=1)
+
+    def expanded(tensor):
+        return (
+            tensor.expand(tensor.shape[0], 3, *tensor.shape[2:])
+            if tensor.shape[0] == 2
+            else tensor.expand(3, *tensor.shape[1:])
+        )
+
+    batch = [over_tensors(expanded, part) for part in (student, teacher, targets)]
+    copies = [over_tensors(torch.clone, part) for part in batch]
+    assert 0 in batch[1].logits.stride()
+    assert_close(loss_and_gradients(*batch, preset), loss_and_gradients(*copies, preset))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", ["requires grad", "inference mode"])
+def test_teachers_of_any_mode(kind, preset):
+    student, teacher, targets = make_batch()
+    expected = loss_and_gradients(student, teacher, targets, preset)
+    if kind == "requires grad":
+        teacher = over_tensors(floating(lambda tensor: tensor.requires_grad_()), teacher)
+    else:
+        with torch.inference_mode():
+            teacher = over_tensors(torch.clone, teacher)
+        assert teacher.logits.is_inference()
+    assert_close(loss_and_gradients(student, teacher, targets, preset), expected)
+    assert all(tensor is None or tensor.grad is None for tensor in teacher)
+
+
+class Named(torch.Tensor):
+    """A subclass such as those that datasets use for boxes."""
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_subclasses_of_tensor(preset):
+    batch = make_batch()
+    named = [over_tensors(lambda tensor: tensor.as_subclass(Named), part) for part in batch]
+    expected = loss_and_gradients(*batch, preset)
+    for values, plain in zip(loss_and_gradients(*named, preset), expected, strict=True):
+        assert_close({name: value.as_subclass(torch.Tensor) for name, value in values.items()}, plain)
+
+
+def test_parameters_are_tensors():
+    student, teacher, targets = make_batch()
+    loss = dkl.DETRDistillationLoss()(student._replace(logits=nn.Parameter(student.logits)), teacher, targets)
+    assert sum(loss.values()).requires_grad
+
+
+# Modes of torch
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_dtype_does_not_matter(preset, float64_by_default):
+    losses, gradients = loss_and_gradients(*make_batch(dtype=torch.float32), preset)
+    torch.set_default_dtype(torch.float32)
+    assert_close((losses, gradients), loss_and_gradients(*make_batch(dtype=torch.float32), preset), rtol=0, atol=0)
+
+
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_deterministic_mode(preset, deterministic_algorithms):
+    first, second = (loss_and_gradients(*make_batch(), preset) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_autocast_changes_nothing(preset, dtype):
+    batch = make_batch()
+    expected = loss_and_gradients(*batch, preset)
+    with torch.autocast("cpu", dtype):
+        actual = loss_and_gradients(*batch, preset)
+    assert_close(actual, expected)
+
+
+def test_grad_scaler():
+    """Scaled half-precision gradients are the float32 ones times the scale, and the step is taken."""
+    student, teacher, targets = make_batch(dtype=torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    logits = nn.Parameter(student.logits.float())
+    before = logits.detach().clone()
+    optimizer = torch.optim.SGD([logits], lr=0.1)
+    criterion = dkl.DETRDistillationLoss("official")
+    loss = sum(criterion(student._replace(logits=logits.half()), teacher, targets).values())
+    scaler.scale(loss).backward()
+    plain = student._replace(logits=student.logits.float())
+    _, gradients = loss_and_gradients(plain, teacher, targets, "official")
+    assert_close(logits.grad / 2**10, gradients["logits"], rtol=1e-3, atol=1e-6)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10
+    assert not torch.equal(logits, before)
+
+
+def test_vmap_over_students():
+    """An ensemble of students under one teacher, and their gradients, in one call."""
+    students = [make_output(seed) for seed in range(3)]
+    teacher = make_output(9, queries=6)
+    assignment = dkl.match_teacher(students[0].logits, students[0].boxes, teacher.logits, teacher.boxes)
+
+    def loss(logits, boxes):
+        terms = dkl.hungarian_distillation_loss(logits, boxes, teacher.logits, teacher.boxes, assignment)
+        return sum(terms.values())
+
+    logits, boxes = (torch.stack([student[field] for student in students]) for field in (0, 1))
+    each = torch.func.grad(loss, argnums=(0, 1))
+    expected = [each(student.logits, student.boxes) for student in students]
+    for together, separate in zip(torch.func.vmap(each)(logits, boxes), zip(*expected, strict=True), strict=True):
+        assert_close(together, torch.stack(separate))
+    overlaps = torch.func.vmap(dkl.paired_box_iou)(boxes, boxes.flip(0))
+    assert_close(overlaps, dkl.paired_box_iou(boxes, boxes.flip(0)))
+
+
+@pytest.mark.parametrize("variant", PRESETS)
+def test_vmap_of_the_feature_loss(variant):
+    students = torch.stack([make_output(seed).features for seed in range(3)])
+    teacher = make_output(9)
+    quality = torch.ones(teacher.queries.shape[:-1])
+
+    def loss(features):
+        return dkl.target_aware_feature_loss(features, teacher.features, teacher.queries, quality, variant=variant)
+
+    assert_close(torch.func.vmap(loss)(students), torch.stack([loss(student) for student in students]))
+    gradients = torch.stack([torch.func.grad(loss)(student) for student in students])
+    assert_close(torch.func.vmap(torch.func.grad(loss))(students), gradients)
+
+
+# Modules and other processes
+
+MODULES = [
+    dkl.HungarianDistillationLoss(temperature=2.0, class_map=[1, 0, -1]),
+    dkl.DetectionLoss(class_loss="cross_entropy"),
+    dkl.TeacherAssignedQueryLoss(gamma=1.0),
+    dkl.TargetAwareFeatureLoss(3, 4),
+    dkl.DETRDistillationLoss("paper", student_channels=[3], teacher_channels=[4]),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_modules_copy_and_pickle(duplicate, module):
+    other = duplicate(module)
+    assert repr(other) == repr(module)
+    assert_close(other.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+def test_state_dict_round_trip(module, tmp_path):
+    torch.save(module.state_dict(), tmp_path / "loss.pt")
+    other = copy.deepcopy(module)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    assert_close(other.state_dict(), module.state_dict())
+    # Options are no state: checkpoints do not depend on them.
+    assert len(module.state_dict()) == len(list(module.parameters()))
+
+
+class LossPart(nn.Module):
+    """The part that a compiler may have: losses under given assignments."""
+
+    def forward(self, student_logits, student_boxes, teacher_logits, teacher_boxes, assignment, features, teacher):
+        terms = dkl.hungarian_distillation_loss(
+            student_logits, student_boxes, teacher_logits, teacher_boxes, assignment
+        )
+        quality = teacher_logits.sigmoid().amax(-1)
+        return sum(terms.values()) + dkl.target_aware_feature_loss(features, *teacher, quality)
+
+
+def test_export():
+    student, teacher, _ = make_batch()
+    predictions = (student.logits, student.boxes, teacher.logits, teacher.boxes)
+    assignment = dkl.match_teacher(*predictions)
+    arguments = (*predictions, assignment, student.features, (teacher.features, teacher.queries))
+    program = torch.export.export(LossPart(), arguments)
+    assert_close(program.module()(*arguments), LossPart()(*arguments))
+
+
+def in_a_worker(batch):
+    """What a worker of a data loader or a replica may do: match and distil."""
+    torch.set_num_threads(1)
+    return [float(loss) for loss in dkl.DETRDistillationLoss()(*batch).values()]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers(method):
+    batch = make_batch()
+    expected = in_a_worker(batch)  # the parent has used the library before
+    plain = [tuple(None if tensor is None else tensor.tolist() for tensor in part) for part in batch]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(worker_entry, (plain,)) == pytest.approx(expected, rel=1e-5)
+
+
+def worker_entry(plain):
+    """Rebuild the batch: tensors travel as numbers, so that no memory is shared."""
+    student, teacher, targets = (
+        tuple(None if value is None else torch.tensor(value) for value in part) for part in plain
+    )
+    return in_a_worker((dkl.DetectorOutput(*student), dkl.DetectorOutput(*teacher), dkl.Targets(*targets)))
+
+
+def test_threads():
+    batches = [make_batch(images=images) for images in (1, 2, 3, 4)] * 4
+    expected = [loss_and_gradients(*batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda batch: loss_and_gradients(*batch), batches))
+    assert_close(actual, expected)
+
+
+def test_soak():
+    report = soak.soak(200)
+    assert report.shapes == 200
+    assert report.not_finite == 0
+    assert report.warnings == 0
+    assert report.tensor_growth == 0
