@@ -18,6 +18,14 @@ from detr_kd_losses.boxes import (
 from detr_kd_losses.class_scores import map_class_logits
 from detr_kd_losses.costs import detection_cost, distillation_cost
 from detr_kd_losses.criterion import DetectorOutput, DETRDistillationLoss, Targets, pad_targets
+from detr_kd_losses.diagnostics import (
+    LossMagnitude,
+    assignment_instability,
+    loss_magnitudes,
+    matched_iou,
+    mean_quality,
+    positives_per_image,
+)
 from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
 from detr_kd_losses.losses.features import TargetAwareFeatureLoss, target_aware_feature_loss
 from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
@@ -29,7 +37,10 @@ from detr_kd_losses.losses.query_group import (
 from detr_kd_losses.losses.query_quality import query_quality
 from detr_kd_losses.losses.target_aware_mask import target_aware_mask
 from detr_kd_losses.matching import match_targets, match_teacher
+from detr_kd_losses.offline import Geometry, OfflineTeacher, save_predictions
+from detr_kd_losses.schedules import cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.stages import select_stages
+from detr_kd_losses.teacher import FrozenTeacher
 from detr_kd_losses.value_checks import check_finite, check_targets
 
 __version__ = "0.1.0"
@@ -38,10 +49,15 @@ __all__ = [
     "DETRDistillationLoss",
     "DetectionLoss",
     "DetectorOutput",
+    "FrozenTeacher",
+    "Geometry",
     "HungarianDistillationLoss",
+    "LossMagnitude",
+    "OfflineTeacher",
     "TargetAwareFeatureLoss",
     "Targets",
     "TeacherAssignedQueryLoss",
+    "assignment_instability",
     "assignment_to_indices",
     "box_area",
     "box_cxcywh_to_xyxy",
@@ -49,6 +65,7 @@ __all__ = [
     "box_xyxy_to_cxcywh",
     "check_finite",
     "check_targets",
+    "cosine_decay",
     "detection_cost",
     "detection_loss",
     "distillation_cost",
@@ -56,16 +73,23 @@ __all__ = [
     "hungarian_distillation_loss",
     "invert_assignment",
     "linear_sum_assignment",
+    "linear_warmup",
+    "loss_magnitudes",
     "map_class_logits",
     "match_targets",
     "match_teacher",
+    "matched_iou",
+    "mean_quality",
     "pad_targets",
     "paired_box_iou",
     "paired_generalized_box_iou",
+    "positives_per_image",
     "query_group_attention_mask",
     "query_quality",
+    "save_predictions",
     "select_backend",
     "select_stages",
+    "stop_after",
     "target_aware_feature_loss",
     "target_aware_mask",
     "teacher_assigned_query_loss",
