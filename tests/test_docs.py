@@ -32,4 +32,6 @@ def test_named_tests_exist(page):
     for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
         assert (ROOT / path).exists(), path
         if name:
-            assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), f"{path}::{name}"
+            assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (
+                f"{path}::{name}"
+            )
