@@ -273,7 +273,7 @@ MUTANTS = [
         ("stages averaged", "else weight).sum(0)", "else weight).mean(0)", feature("stages_add", normalize="mean")),
         (
             "official mask not squared",
-            "weight.square() if",
+            "weight.square_() if",
             "weight if",
             oracle("target_aware_feature_loss", FEATURES, variant="official"),
         ),
@@ -282,8 +282,8 @@ MUTANTS = [
         target_aware_mask.summarize_queries,
         (
             "queries unnormalised",
-            "directions = queries / length.unsqueeze(-1)",
-            "directions = queries",
+            "1 / length, 0.0",
+            "1.0, 0.0",
             oracle("target_aware_feature_loss", FEATURES),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Normalisers: counts over a batch, shared by all replicas of a distributed run."""
+"""Sums, and the normalisers that divide them: counts over a batch, shared by all replicas of a distributed run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from detr_kd_losses._checks import shared_precision
+
 __all__: list[str] = []
+
+# Of a feature map: 1 MiB in float32, which stay in the cache.
+_ENTRIES_AT_ONCE = 2**18
 
 
 def masked_sum(values: Tensor, mask: Tensor, dims: int) -> Tensor:
@@ -17,6 +22,27 @@ def masked_sum(values: Tensor, mask: Tensor, dims: int) -> Tensor:
 def sum_last(values: Tensor, dims: int) -> Tensor:
     """Sum over the last `dims` dimensions (all of them if there are fewer); an empty sum is 0 with a graph."""
     return values.sum(dim=tuple(range(-min(dims, values.ndim), 0)))
+
+
+def squared_length(features: Tensor, origin: Tensor | None = None) -> Tensor:
+    """Sum of squares over the channels of `features` (B, D, ...), less those of `origin`, at least in float32.
+
+    On a CPU a few channels at a time: temporaries of the size of a feature map take longer to allocate than to fill.
+    """
+    channels = features.shape[1]
+    at_once = max(1, channels)
+    if features.device.type == "cpu" and not torch.compiler.is_compiling():
+        at_once = max(1, _ENTRIES_AT_ONCE * channels // max(1, features.numel()))
+    total = shared_precision(features[:, :0])[0].sum(1)
+    for first in range(0, channels, at_once):
+        part = features[:, first : first + at_once]
+        if origin is None:
+            (part,) = shared_precision(part)
+        else:
+            part, other = shared_precision(part, origin[:, first : first + at_once])
+            part = part - other
+        total = total + part.square().sum(1)
+    return total
 
 
 def replica_mean(count: Tensor, *, sync: bool, at_least: float = 1.0) -> Tensor:

@@ -16,7 +16,9 @@ from detr_kd_losses._checks import (
     check_same_device,
     check_same_shape,
 )
+from detr_kd_losses.assignment import invert_assignment
 from detr_kd_losses.class_scores import Activation, ClassMap, in_student_classes, known_classes
+from detr_kd_losses.losses._pairs import gather_partners
 from detr_kd_losses.losses.features import TargetAwareFeatureLoss
 from detr_kd_losses.losses.logits import HungarianDistillationLoss
 from detr_kd_losses.losses.query_group import TeacherAssignedQueryLoss
@@ -299,8 +301,12 @@ class DETRDistillationLoss(nn.Module):
             activation=self.logits.teacher_activation,
             variant=self.variant,
         )
+        queries = teacher.queries
+        if self.variant == "paper" and self.feature.normalize in ("max", "mean"):
+            # Only queries with a target have quality: no more than T of M, and nothing here depends on M.
+            queries, quality = _with_target(queries, quality, teacher_assignment, targets.mask.shape[-1])
         padding_mask = student.padding_mask if teacher.padding_mask is None else teacher.padding_mask
-        loss = self.feature(student.features, teacher.features, teacher.queries, quality, padding_mask=padding_mask)
+        loss = self.feature(student.features, teacher.features, queries, quality, padding_mask=padding_mask)
         return {"loss_feature": loss}
 
     def _query_group_loss(
@@ -357,6 +363,14 @@ def _check_together(name: str, value: object, other: str, other_value: object) -
         missing, given = (name, other) if value is None else (other, name)
         msg = f"`{missing}` must be given where `{given}` is (or set the weight of that loss to 0), got None"
         raise ValueError(msg)
+
+
+def _with_target(
+    queries: Tensor, quality: Tensor, teacher_assignment: Tensor, num_targets: int
+) -> tuple[Tensor, Tensor]:
+    """Queries (L, B, T, D) and quality (L, B, T) of the query of each target; quality 0 for a target without one."""
+    query = invert_assignment(teacher_assignment, num_targets)
+    return gather_partners(queries, query), gather_partners(quality, query).where(query >= 0, 0.0)
 
 
 def _scaled(losses: dict[str, Tensor], weight: float, prefix: str) -> dict[str, Tensor]:

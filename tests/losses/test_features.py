@@ -51,6 +51,14 @@ def test_loss(padded, stages, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("queries", [1, 2, cases.CHANNELS - 1, cases.CHANNELS])
+def test_loss_with_few_queries(queries, options, dtype):
+    """Fewer queries than channels are multiplied one by one, several stages at a time; more through their form."""
+    assert_agrees(cases.features(stages=4, queries=queries), dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("variant", ["paper", "official"])
 def test_loss_of_a_single_level(variant, dtype):
     assert_agrees(one_level(cases.features(sizes=((3, 5),))), dtype, variant=variant)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_kd_losses._checks import check_same_device, check_same_shape, full_precision, shared_precision
-from detr_kd_losses._reduction import replica_mean
+from detr_kd_losses._reduction import replica_mean, squared_length
 from detr_kd_losses.losses._module import LossModule
 from detr_kd_losses.losses.query_quality import Variant
 from detr_kd_losses.losses.target_aware_mask import (
@@ -118,15 +118,14 @@ def _loss_weights(
     normalize: Normalize,
 ) -> list[Tensor]:
     """Weight (B, H, W) of the squared difference at each level, stages added."""
-    summaries = summarize_queries(queries, quality, variant)
-    if variant == "paper" and normalize == "queries":
-        # Nothing in this map is normalised stage by stage: the forms add up before the features are touched.
-        summaries = summaries.sum(0, keepdim=True)
+    num_queries = queries.shape[-2]
+    # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
+    summary = summarize_queries(queries, quality, variant, add_stages=normalize == "queries")
     maps = [
-        weight_maps(teacher, summaries, queries.shape[-2], valid, variant=variant, normalize=normalize)
+        weight_maps(teacher, summary, num_queries, valid, variant=variant, normalize=normalize)
         for teacher, valid in zip(teachers, masks, strict=True)
     ]
-    return [(weight.square() if variant == "official" else weight).sum(0) for weight in maps]
+    return [(weight.square_() if variant == "official" else weight).sum(0) for weight in maps]
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -140,7 +139,7 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
-        distance: Tensor = torch.linalg.vector_norm(_difference(student, teacher), dim=1).square()
+        distance = squared_length(student, teacher)
         return distance if valid is None else distance.where(valid, 0.0)
 
     @staticmethod
@@ -150,7 +149,8 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         student, teacher, valid = ctx.saved_tensors
-        gradient = _difference(student, teacher).mul_(2 * grad.unsqueeze(1))
+        student_values, teacher_values = shared_precision(student, teacher)
+        gradient = (student_values - teacher_values).mul_(2 * grad.unsqueeze(1))
         if valid is not None:
             gradient = gradient.where(valid.unsqueeze(1), 0.0)
         return gradient.to(student.dtype), None, None
@@ -163,11 +163,6 @@ def _savable(tensor: Tensor | None) -> Tensor | None:
     # A compiler cannot trace the question, and does not need the answer.
     copied = not torch.compiler.is_compiling() and tensor.is_inference()
     return tensor.clone() if copied else tensor.detach()
-
-
-def _difference(student: Tensor, teacher: Tensor) -> Tensor:
-    student, teacher = shared_precision(student, teacher)
-    return student - teacher
 
 
 def _as_levels(levels: Levels) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from detr_kd_losses._checks import (
     check_floating,
     check_same_device,
     check_same_shape,
-    full_precision,
     full_precision_matmul,
     shared_precision,
 )
+from detr_kd_losses._reduction import squared_length
 from detr_kd_losses.losses.query_quality import VARIANTS, Variant
 
 __all__ = ["Normalize", "target_aware_mask"]
@@ -41,8 +41,8 @@ def target_aware_mask(
     r"""Where the good queries of the teacher look: a weight for each location of a feature map.
 
     With :math:`ψ_m(p) = \cos(Q_m, F(p))`: ``"paper"``, :math:`w(p) = \sum_m q_m ψ_m(p)^2`; ``"official"``,
-    :math:`s(p) = \max(\sum_m q_m ψ_m(p), 0.01)`, whose square weighs the loss. No (M, H, W) tensor is formed: `w` is
-    one D × D quadratic form of the normalised feature, `s` one dot product.
+    :math:`s(p) = \max(\sum_m q_m ψ_m(p), 0.01)`, whose square weighs the loss. No temporary is larger than the feature
+    map: `s` is one dot product, `w` one D × D quadratic form of the normalised feature, or M products where M < D.
 
     Args:
         features: (B, D, H, W), the teacher's.
@@ -73,59 +73,90 @@ def target_aware_mask(
     check_features("features", features)
     check_queries("queries", queries, quality, "features", features)
     check_padding_mask(padding_mask, "features", features)
-    summaries = summarize_queries(queries, quality, variant)
-    weight = weight_maps(features, summaries, queries.shape[-2], padding_mask, variant=variant, normalize=normalize)
+    summary = summarize_queries(queries, quality, variant)
+    weight = weight_maps(features, summary, queries.shape[-2], padding_mask, variant=variant, normalize=normalize)
     return weight.reshape(*queries.shape[:-3], *weight.shape[1:])
 
 
-def summarize_queries(queries: Tensor, quality: Tensor, variant: Variant) -> Tensor:
-    """All that a weight map needs of the queries (..., B, M, D): for each stage and image a form or a direction.
+class QuerySummary(NamedTuple):
+    """What a weight map needs of the queries of each stage and image: K rows to multiply the features with.
 
-    ``"paper"``: A = sum_m q_m Q_m Q_m^T of the normalised queries, (L, B, D, D), because
-    sum_m q_m (Q_m . f)^2 = f^T A f. ``"official"``: sum_m q_m Q_m, (L, B, D), because
-    sum_m q_m (Q_m . f) = (sum_m q_m Q_m) . f.
+    Attributes:
+        rows: (L, B, K, D). ``"official"``: sum_m q_m Q_m, K = 1, because sum_m q_m (Q_m . f) = (sum_m q_m Q_m) . f.
+            ``"paper"``: the normalised queries where they are fewer than D, K = M; else the form
+            A = sum_m q_m Q_m Q_m^T, K = D, because sum_m q_m (Q_m . f)^2 = f^T A f.
+        quality: (L, B, K) where the rows are queries, else None.
+    """
+
+    rows: Tensor
+    quality: Tensor | None
+
+
+def summarize_queries(queries: Tensor, quality: Tensor, variant: Variant, *, add_stages: bool = False) -> QuerySummary:
+    """Summary of queries (..., B, M, D) and their quality (..., B, M), made once for all levels.
+
+    With `add_stages` only the sum of the maps over stages matters, so that their forms may be added up before.
     """
     queries, quality = shared_precision(queries, quality)
     queries = queries.reshape(queries.shape[:-3].numel(), *queries.shape[-3:])
-    length = torch.linalg.vector_norm(queries, dim=-1).clamp(min=torch.finfo(queries.dtype).tiny)
-    directions = queries / length.unsqueeze(-1)
+    length = torch.linalg.vector_norm(queries, dim=-1)
     quality = quality.reshape(length.shape)
+    # A query of no length has no direction; the square of its inverse would overflow.
+    inverse = torch.where(length > torch.finfo(length.dtype).tiny ** 0.5, 1 / length, 0.0)
     with full_precision_matmul(queries):
-        summary: Tensor
-        if variant == "paper":
-            summary = directions.mT @ (quality.unsqueeze(-1) * directions)
-        else:
-            summary = (quality.unsqueeze(-2) @ directions).squeeze(-2)
-    return summary
+        if variant == "official":
+            return QuerySummary((quality * inverse).unsqueeze(-2) @ queries, None)
+        stages, _, num_queries, channels = queries.shape
+        if num_queries * (stages if add_stages else 1) < channels:
+            return QuerySummary(queries * inverse.unsqueeze(-1), quality)
+        forms = queries.mT @ (queries * (quality * inverse.square()).unsqueeze(-1))
+    return QuerySummary(forms.sum(0, keepdim=True) if add_stages else forms, None)
 
 
 def weight_maps(
     features: Tensor,
-    summaries: Tensor,
+    summary: QuerySummary,
     num_queries: int,
     padding_mask: Tensor | None,
     *,
     variant: Variant,
     normalize: Normalize,
 ) -> Tensor:
-    """The mask (L, B, H, W) of each stage, from the summaries of its queries."""
-    features = full_precision(features).to(torch.promote_types(features.dtype, summaries.dtype))
-    summaries = summaries.to(features.dtype)
+    """The mask (L, B, H, W) of each stage; no temporary is larger than the feature map."""
+    features, rows = shared_precision(features, summary.rows)
     cells = features.flatten(2)  # (B, D, H*W)
-    length = torch.linalg.vector_norm(cells, dim=1).clamp(min=torch.finfo(features.dtype).tiny)
+    length = squared_length(cells).sqrt().clamp(min=torch.finfo(features.dtype).tiny)
     with full_precision_matmul(features):
-        if variant == "paper":
-            # One stage at a time: the product with a form is as large as the feature map.
-            maps = [((form @ cells) * cells).sum(1) / length / length for form in summaries]
-            weight = torch.stack(maps) if maps else length.new_zeros((0, *length.shape))
-        else:
-            weight = (summaries.transpose(0, 1) @ cells).transpose(0, 1) / length
-            weight = weight.clamp(min=_OFFICIAL_FLOOR)
+        weight = _similarities(rows, summary.quality, cells, variant).div_(length)
+    weight = weight.clamp_(min=_OFFICIAL_FLOOR) if variant == "official" else weight.div_(length)
     valid = None if padding_mask is None else padding_mask.flatten(1)
     if valid is not None:
         weight = torch.where(valid, weight, 0.0)
-    weight = weight / _normalizer(weight, valid, normalize, num_queries)
-    return weight.reshape(*weight.shape[:-1], *features.shape[-2:])
+    weight = weight.div_(_normalizer(weight, valid, normalize, num_queries))
+    maps: Tensor = weight.reshape(*weight.shape[:-1], *features.shape[-2:])
+    return maps
+
+
+def _similarities(rows: Tensor, quality: Tensor | None, cells: Tensor, variant: Variant) -> Tensor:
+    """Weighted similarity (L, B, H*W) of the queries and the features, times the length of these once or twice."""
+    stages, batch, size, channels = rows.shape
+    rows = rows.transpose(0, 1)
+    quality = None if quality is None else quality.to(rows.dtype).transpose(0, 1).unsqueeze(-2)
+    at_once = max(1, channels // max(1, size))
+    maps = []
+    for first in range(0, stages, at_once):
+        part = rows[:, first : first + at_once]
+        products = (part.flatten(1, 2) @ cells).reshape(batch, part.shape[1], size, cells.shape[-1])
+        if quality is not None:
+            similarity: Tensor = (quality[:, first : first + at_once] @ products.square()).squeeze(-2)
+        elif variant == "official":
+            similarity = products.squeeze(2)
+        else:
+            similarity = (products * cells.unsqueeze(1)).sum(2)
+        maps.append(similarity)
+    if len(maps) == 1:
+        return maps[0].transpose(0, 1)
+    return torch.cat(maps, dim=1).transpose(0, 1) if maps else cells.new_zeros((0, batch, cells.shape[-1]))
 
 
 def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_queries: int) -> Tensor | float:
