@@ -37,6 +37,8 @@ docs: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/assignment.py
+	$(BIN)/python examples/benchmarks/criterion.py
+	PYTHONPATH=examples $(BIN)/python examples/benchmarks/kd_cost_table.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis toy_distillation.png
