@@ -7,6 +7,7 @@ checks of values are `check_finite` and `check_targets`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -143,6 +144,8 @@ def shared_precision(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def full_precision_matmul(tensor: Tensor) -> torch.autocast:
+def full_precision_matmul(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which matrix products on the device of `tensor` keep the precision of their inputs."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return nullcontext()
     return torch.autocast(device_type=tensor.device.type, enabled=False)

@@ -84,7 +84,11 @@ def linear_sum_assignment(
     return assignment
 
 
-@torch.library.custom_op("detr_kd_losses::linear_sum_assignment", mutates_args=())
+@torch.library.custom_op(
+    "detr_kd_losses::linear_sum_assignment",
+    mutates_args=(),
+    schema="(Tensor cost, Tensor? row_mask, Tensor? column_mask, str backend) -> Tensor",
+)
 def _linear_sum_assignment(cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, backend: str) -> Tensor:
     """Dispatch; an operator of its own, so that torch.compile takes a solver as it is."""
     if cost.shape[:-2].numel() == 0 or 0 in cost.shape[-2:]:
