@@ -28,12 +28,12 @@ def half(value, rank):
     return value[:, rank : rank + 1] if value.ndim == 4 and value.shape[1] == WORLD_SIZE else value[rank : rank + 1]
 
 
-def batch(head):
-    """Student, teacher and targets, of 3 and 1 objects, with a padded image."""
+def batch(head, counts):
+    """Student, teacher and targets, so many objects an image, with a padded image."""
     student = make_output(0, 3, 7, group=9, channels=STUDENT_HEADS[head], requires_grad=True)
     masks = [torch.ones(2, *level.shape[-2:]).bool() for level in student.features]
     masks[0][0, :, 5:] = False
-    return student, make_output(1, 3, 9)._replace(padding_mask=masks), make_targets()
+    return student, make_output(1, 3, 9)._replace(padding_mask=masks), make_targets(counts)
 
 
 def gradients(student, teacher, targets, preset, head):
@@ -41,27 +41,31 @@ def gradients(student, teacher, targets, preset, head):
     return torch.autograd.grad(sum(criterion(student, teacher, targets).values()), leaves(student))
 
 
-def run_replica(rank, port, preset, head, results):
+def run_replica(rank, port, preset, head, counts, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
-    student, teacher, targets = batch(head)
+    student, teacher, targets = batch(head, counts)
     mine = [type(output)(*(half(field, rank) for field in output)) for output in (student, teacher)]
     mine_targets = dkl.Targets(*(field[rank : rank + 1] for field in targets))
     results[rank] = [g.numpy() for g in gradients(*mine, mine_targets, preset, head)]
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("preset", "head"), [("official", "sigmoid"), ("paper", "softmax")])
-def test_gradients_do_not_depend_on_the_number_of_processes(preset, head):
+@pytest.mark.parametrize(
+    ("preset", "head", "counts"),
+    # The last has fewer targets than there are processes.
+    [("official", "sigmoid", (3, 1)), ("paper", "softmax", (3, 1)), ("paper", "sigmoid", (0, 1))],
+)
+def test_gradients_do_not_depend_on_the_number_of_processes(preset, head, counts):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(run_replica, args=(port, preset, head, results), nprocs=WORLD_SIZE)
+        mp.spawn(run_replica, args=(port, preset, head, counts, results), nprocs=WORLD_SIZE)
         replicas = [[torch.from_numpy(g) for g in results[rank]] for rank in range(WORLD_SIZE)]
-    joined = gradients(*batch(head), preset, head)
+    joined = gradients(*batch(head, counts), preset, head)
     for whole, *parts in zip(joined, *replicas, strict=True):
         # DistributedDataParallel averages gradients; here each replica has the gradient of its own images.
         dimension = 1 if whole.ndim == 4 and whole.shape[1] == WORLD_SIZE else 0

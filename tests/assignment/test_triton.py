@@ -245,7 +245,7 @@ def test_reasons(monkeypatch):
 def test_the_reason_without_triton(monkeypatch):
     monkeypatch.setattr("detr_kd_losses.assignment._triton.find_spec", lambda _: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert TritonBackend().unsupported_reasons(torch.zeros(1, 3, 3)) == ["Triton is not installed"]
+    assert TritonBackend().unsupported_reasons(torch.zeros(1, 3, 3)) == ["Triton is not installed: pip install triton"]
 
 
 @pytest.fixture

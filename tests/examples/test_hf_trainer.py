@@ -71,24 +71,22 @@ def test_data_set_reads_coco(shapes: CocoDetection) -> None:
         assert (example["pixel_values"][:, y, x] - background).abs().max() > 0.1, "a box is where an object is"
 
 
+@pytest.fixture(scope="module")
+def before(teacher: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def trainer(
+    teacher: nn.Module, before: dict[str, Tensor], shapes: CocoDetection, tmp_path_factory: pytest.TempPathFactory
+) -> DistillationTrainer:
+    trainer = student_trainer(teacher, shapes, tmp_path_factory.mktemp("student"), steps=60, options=FAST)
+    trainer.train()
+    return trainer
+
+
 class TestRun:
     """One distillation of 60 steps, looked at from all sides."""
-
-    @pytest.fixture(scope="class")
-    def before(self, teacher: nn.Module) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-
-    @pytest.fixture(scope="class")
-    def trainer(
-        self,
-        teacher: nn.Module,
-        before: dict[str, Tensor],
-        shapes: CocoDetection,
-        tmp_path_factory: pytest.TempPathFactory,
-    ) -> DistillationTrainer:
-        trainer = student_trainer(teacher, shapes, tmp_path_factory.mktemp("student"), steps=60, options=FAST)
-        trainer.train()
-        return trainer
 
     def test_terms_are_logged_and_fall(self, trainer: DistillationTrainer) -> None:
         logs = [entry for entry in trainer.state.log_history if "loss_kd_class" in entry]

@@ -116,7 +116,12 @@ DETECTION_LAWS = laws_by_name(
     ("target_padding", "padding targets changes nothing, whatever they hold", padding("T")),
     ("images_join", "a batch equals one image with the queries and targets of all", images_join),
     ("stages_add", "the loss is the sum over decoder layers", stages_add),
-    ("replicas", "the mean over replicas is the loss of the whole batch", replicas),
+    (
+        "replicas",
+        "the mean over replicas is the loss of the whole batch, if no replica is without a target",
+        replicas,
+        detection_arguments(at_least=1),
+    ),
     ("weights_linear", "each weight scales its own term and no other", weights_linear),
     (
         "no_targets",
@@ -160,7 +165,11 @@ CRITERION_LAWS = laws_by_name(
     ("target_permutation", "the order of the targets does not matter", on_outputs(permutation("T"))),
     ("target_padding", "padding targets changes nothing, whatever they hold", on_outputs(padding("T"))),
     ("cell_padding", "padding cells changes nothing, whatever they hold", on_outputs(cell_padding)),
-    ("replicas", "the mean over replicas is the loss of the whole batch", on_outputs(replicas)),
+    (
+        "replicas",
+        "the mean over replicas is the loss of the whole batch, if no replica is without a target",
+        on_outputs(replicas),
+    ),
     ("teacher_detached", "no gradient reaches teacher or targets", on_outputs(teacher_detached)),
     ("half_precision", "half-precision inputs give the float32 loss of the same numbers", on_outputs(half_precision)),
 )
