@@ -37,6 +37,7 @@ docs: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/assignment.py
+	$(BIN)/python examples/benchmarks/matching_page.py
 	$(BIN)/python examples/benchmarks/criterion.py
 	PYTHONPATH=examples $(BIN)/python examples/benchmarks/kd_cost_table.py
 

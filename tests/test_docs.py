@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,10 @@ def test_named_tests_exist(page):
             assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (
                 f"{path}::{name}"
             )
+
+
+def test_matching_page_is_that_of_the_results():
+    """The page is generated: `python examples/benchmarks/matching_page.py`."""
+    benchmarks = ROOT / "examples" / "benchmarks"
+    code = "import matching_page as m; import sys; sys.exit(m.page() != m.PAGE.read_text())"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=benchmarks)
