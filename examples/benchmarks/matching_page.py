@@ -1,7 +1,4 @@
-"""Write docs/explanation/matching.md from the results of `assignment.py`, one table per device.
-
-python examples/benchmarks/matching_page.py
-"""
+"""Write docs/explanation/matching.md from the results of `assignment.py`, one section per device."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ HEAD = """# How fast is matching?
 
 <!-- Written by examples/benchmarks/matching_page.py: edit that, not this. -->
 
-Milliseconds for all problems of a training step, median of seven runs taken in turns, smallest and largest in brackets; how
-much faster than the loop over SciPy. "KD" are student queries against teacher queries, "GT" queries against ground truths,
-both with costs as detectors produce them; uniform random costs are easier and stand here for comparison. Every solver's
-result is checked against SciPy's float64 optimum first. `package, x` is `linear_sum_assignment(backend="x")`, finite checks and
-masks included.
+Milliseconds for all problems of a training step, median of the runs taken in turns, smallest and largest in brackets;
+how many times as fast as the loop over SciPy. "KD" are student queries against teacher queries, "GT" queries against ground
+truths, both with costs as detectors produce them; uniform random costs are easier and stand here for comparison. Every
+solver's result is checked against SciPy's float64 optimum first. `package, x` is `linear_sum_assignment(backend="x")`,
+finite checks and masks included.
 
 ```sh
 python examples/benchmarks/assignment.py      # measures; with a GPU, pip install torch-linear-assignment==0.1.0 first
@@ -30,8 +27,8 @@ python examples/benchmarks/matching_page.py   # writes this page
 """
 
 NO_GPU = """
-No results of a GPU are here yet. The Triton backend is tested in Triton's interpreter and compiled for sm_90; its speed is
-not measured, and nothing is claimed of it. The first command above measures it where there is a GPU, beside
+No results of a GPU are here yet. The Triton backend is tested in Triton's interpreter and compiled for sm_90; its
+speed is not measured, and nothing is claimed of it. The first command above measures it where there is a GPU, beside
 torch-linear-assignment, each host solver with and without the copies.
 """
 
@@ -63,7 +60,7 @@ def device_section(result: dict[str, Any]) -> str:
         loop = case["milliseconds"]["SciPy loop"]["median"]
         for solver, times in case["milliseconds"].items():
             spread = f"{times['median']:.2f} [{times['min']:.2f}, {times['max']:.2f}]"
-            lines.append(f"| {solver} | {spread} | {loop / times['median']:.2f} × |")
+            lines.append(f"| {solver} | {spread} | {loop / times['median']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
