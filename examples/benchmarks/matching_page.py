@@ -14,11 +14,11 @@ HEAD = """# How fast is matching?
 
 <!-- Written by examples/benchmarks/matching_page.py: edit that, not this. -->
 
-Milliseconds for all problems of a training step, median of the runs taken in turns, smallest and largest in brackets;
-how many times as fast as a loop over SciPy. "KD" are student queries against teacher queries, "GT" queries against ground
-truths, both with costs as detectors produce them; uniform random costs are easier and stand here for comparison. Every
-solver's result is checked against SciPy's float64 optimum first. `package, x` is `linear_sum_assignment(backend="x")`,
-finite checks and masks included.
+Milliseconds for all problems of a training step: median of the runs taken in turns, smallest and largest in
+brackets, and how many times as fast as a loop over SciPy. "KD" are student queries against teacher queries, "GT"
+queries against ground truths, both with costs as detectors produce them; uniform random costs are easier and stand here
+for comparison. Every solver's result is checked against SciPy's float64 optimum first. `package, x` is
+`linear_sum_assignment(backend="x")`, finite checks and masks included.
 
 ```sh
 python examples/benchmarks/assignment.py      # measures; with a GPU, pip install torch-linear-assignment==0.1.0 first
