@@ -24,22 +24,27 @@ def sum_last(values: Tensor, dims: int) -> Tensor:
     return values.sum(dim=tuple(range(-min(dims, values.ndim), 0)))
 
 
-def squared_length(features: Tensor, origin: Tensor | None = None) -> Tensor:
-    """Sum of squares over the channels of `features` (B, D, ...), less those of `origin`, at least in float32.
+def channel_blocks(features: Tensor) -> list[slice]:
+    """Consecutive channels of `features` (B, D, ...) to take at a time.
 
-    On a CPU a few channels at a time: temporaries of the size of a feature map take longer to allocate than to fill.
+    On a CPU so few that they stay in the cache: temporaries of the size of a feature map take longer to allocate than
+    to fill. A GPU takes all at once, a compiler fuses.
     """
     channels = features.shape[1]
-    at_once = max(1, channels)
+    size = max(1, channels)
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
-        at_once = max(1, _ENTRIES_AT_ONCE * channels // max(1, features.numel()))
+        size = max(1, _ENTRIES_AT_ONCE * channels // max(1, features.numel()))
+    return [slice(first, first + size) for first in range(0, channels, size)]
+
+
+def squared_length(features: Tensor, origin: Tensor | None = None) -> Tensor:
+    """Sum of squares over the channels of `features` (B, D, ...), less those of `origin`, at least in float32."""
     total = shared_precision(features[:, :0])[0].sum(1)
-    for first in range(0, channels, at_once):
-        part = features[:, first : first + at_once]
+    for block in channel_blocks(features):
         if origin is None:
-            (part,) = shared_precision(part)
+            (part,) = shared_precision(features[:, block])
         else:
-            part, other = shared_precision(part, origin[:, first : first + at_once])
+            part, other = shared_precision(features[:, block], origin[:, block])
             part = part - other
         total = total + part.square().sum(1)
     return total

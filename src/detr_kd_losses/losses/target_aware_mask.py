@@ -16,7 +16,7 @@ from detr_kd_losses._checks import (
     full_precision_matmul,
     shared_precision,
 )
-from detr_kd_losses._reduction import squared_length
+from detr_kd_losses._reduction import channel_blocks, squared_length
 from detr_kd_losses.losses.query_quality import VARIANTS, Variant
 
 __all__ = ["Normalize", "target_aware_mask"]
@@ -125,10 +125,14 @@ def weight_maps(
     """The mask (L, B, H, W) of each stage; no temporary is larger than the feature map."""
     features, rows = shared_precision(features, summary.rows)
     cells = features.flatten(2)  # (B, D, H*W)
-    length = squared_length(cells).sqrt().clamp(min=torch.finfo(features.dtype).tiny)
+    tiny = torch.finfo(features.dtype).tiny
     with full_precision_matmul(features):
-        weight = _similarities(rows, summary.quality, cells, variant).div_(length)
-    weight = weight.clamp_(min=_OFFICIAL_FLOOR) if variant == "official" else weight.div_(length)
+        if variant == "official":
+            products, square = _products_and_squared_length(rows.squeeze(-2).transpose(0, 1), cells)
+            weight = products.transpose(0, 1).div_(square.sqrt().clamp(min=tiny)).clamp_(min=_OFFICIAL_FLOOR)
+        else:
+            length = squared_length(cells).sqrt().clamp(min=tiny)
+            weight = _squared_similarities(rows, summary.quality, cells).div_(length).div_(length)
     valid = None if padding_mask is None else padding_mask.flatten(1)
     if valid is not None:
         weight = torch.where(valid, weight, 0.0)
@@ -137,26 +141,32 @@ def weight_maps(
     return maps
 
 
-def _similarities(rows: Tensor, quality: Tensor | None, cells: Tensor, variant: Variant) -> Tensor:
-    """Weighted similarity (L, B, H*W) of the queries and the features, times the length of these once or twice."""
+def _products_and_squared_length(rows: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Products (B, L, H*W) of `rows` (B, L, D) and cells, and the cells' squared length (B, H*W), in one pass."""
+    square = cells[:, :0].sum(1)
+    products = rows[..., :0] @ cells[:, :0]
+    for block in channel_blocks(cells):
+        part = cells[:, block]
+        square = square + part.square().sum(1)
+        products = torch.baddbmm(products, rows[..., block], part)
+    return products, square
+
+
+def _squared_similarities(rows: Tensor, quality: Tensor | None, cells: Tensor) -> Tensor:
+    """sum_m q_m (Q_m . F)^2 for the features F of all cells (B, D, H*W): (L, B, H*W)."""
     stages, batch, size, channels = rows.shape
     rows = rows.transpose(0, 1)
     quality = None if quality is None else quality.to(rows.dtype).transpose(0, 1).unsqueeze(-2)
     at_once = max(1, channels // max(1, size))
-    maps = []
+    maps = [cells.new_zeros((batch, 0, cells.shape[-1]))]
     for first in range(0, stages, at_once):
         part = rows[:, first : first + at_once]
         products = (part.flatten(1, 2) @ cells).reshape(batch, part.shape[1], size, cells.shape[-1])
-        if quality is not None:
-            similarity: Tensor = (quality[:, first : first + at_once] @ products.square()).squeeze(-2)
-        elif variant == "official":
-            similarity = products.squeeze(2)
+        if quality is None:
+            maps.append((products * cells.unsqueeze(1)).sum(2))
         else:
-            similarity = (products * cells.unsqueeze(1)).sum(2)
-        maps.append(similarity)
-    if len(maps) == 1:
-        return maps[0].transpose(0, 1)
-    return torch.cat(maps, dim=1).transpose(0, 1) if maps else cells.new_zeros((0, batch, cells.shape[-1]))
+            maps.append((quality[:, first : first + at_once] @ products.square()).squeeze(-2))
+    return torch.cat(maps, dim=1).transpose(0, 1)
 
 
 def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_queries: int) -> Tensor | float:
