@@ -147,8 +147,8 @@ def _products_and_squared_length(rows: Tensor, cells: Tensor) -> tuple[Tensor, T
     products = rows[..., :0] @ cells[:, :0]
     for block in channel_blocks(cells):
         part = cells[:, block]
-        square = square + part.square().sum(1)
-        products = torch.baddbmm(products, rows[..., block], part)
+        square.add_(part.square().sum(1))
+        products.add_(rows[..., block] @ part)
     return products, square
 
 
