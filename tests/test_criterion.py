@@ -238,6 +238,7 @@ def without(output, field):
         (lambda s, t, g: (without(s, "features"), t, g), r"`student.features` must be given where `teacher.features` is \(or set the weight"),
         (lambda s, t, g: (s, without(t, "features"), g), "`teacher.features` must be given where `student.features` is"),
         (lambda s, t, g: (s, without(t, "queries"), g), "`teacher.queries` must be given for the feature loss"),
+        (lambda s, t, g: (s, t._replace(queries=t.queries[0, :, :, :4].expand(-1, -1, 4)), g), r"`teacher.queries` and `teacher.logits` must have the same dimensions \(L, B, M\), got \(2, 9\) and \(3, 2, 9\)"),
         (lambda s, t, g: (without(s, "group_boxes"), t, g), "`student.group_boxes` must be given where `student.group_logits` is"),
         (lambda s, t, g: (s, t._replace(logits=t.logits[:, :1], boxes=t.boxes[:, :1]), g), r"`student.logits` and `teacher.logits` must have the same dimensions \(B,\), got \(2,\) and \(1,\)"),
         (lambda s, t, g: (s, t._replace(boxes=t.boxes[:, :, :-1]), g), r"`teacher.logits` and `teacher.boxes` must have the same dimensions \(..., N\)"),

@@ -293,6 +293,9 @@ class DETRDistillationLoss(nn.Module):
         if teacher.queries is None:
             msg = "`teacher.queries` must be given for the feature loss (or set weight_feature=0), got None"
             raise ValueError(msg)
+        check_same_shape(
+            "teacher.queries", teacher.queries.shape[:-1], "teacher.logits", teacher.logits.shape[:-1], "(L, B, M)"
+        )
         quality = query_quality(
             teacher_logits,
             teacher.boxes,
