@@ -16,7 +16,7 @@ import torch
 import detr_kd_losses as dkl
 from detr_kd_losses import boxes, testing
 from detr_kd_losses.assignment import _cpu
-from detr_kd_losses.losses import _pairs, detection, features, logits, query_quality, target_aware_mask
+from detr_kd_losses.losses import _comparison, _pairs, _similarity, detection, features, logits, query_quality
 from detr_kd_losses.testing.cases import (
     group_outputs,
     make_criterion_arguments,
@@ -263,27 +263,41 @@ MUTANTS = [
     ),
     *faults(
         features.target_aware_feature_loss,
-        ("padding cells count", "valid.sum()", "torch.ones_like(valid).sum()", feature("cell_padding")),
+        ("padding cells count", "cells.sum()", "torch.ones_like(cells).sum()", feature("cell_padding")),
         ("cells of each replica", "sync=sync_normalizer", "sync=False", feature("replicas")),
         ("levels averaged", "torch.stack(losses).sum()", "torch.stack(losses).mean()", feature("levels_add")),
     ),
-    *faults(features._SquaredDistance.backward, ("half a gradient", "2 * grad", "grad", feature("gradients"))),
     *faults(
-        features._loss_weights,
+        features._loss_weight,
         ("stages averaged", "else weight).sum(0)", "else weight).mean(0)", feature("stages_add", normalize="mean")),
         (
             "official mask not squared",
-            "weight.square_() if",
+            "weight.square() if",
             "weight if",
             oracle("target_aware_feature_loss", FEATURES, variant="official"),
         ),
     ),
+    *faults(_comparison._Comparison.backward, ("half a gradient", "2 * grad", "grad", feature("gradients"))),
     *faults(
-        target_aware_mask.summarize_queries,
+        _comparison._Comparison.forward,
+        ("padding has a distance", "if valid is None else", "if True else", feature("cell_padding")),
+    ),
+    *faults(
+        _comparison._scale_difference,
+        ("padding has a gradient", "if valid is not None", "if False", feature("cell_padding")),
+    ),
+    *faults(
+        _similarity.summarize_queries,
         (
             "queries unnormalised",
             "1 / length, 0.0",
             "1.0, 0.0",
+            oracle("target_aware_feature_loss", FEATURES),
+        ),
+        (
+            "entries beside the diagonal once",
+            "part.triu() + part.triu(1)",
+            "part.triu()",
             oracle("target_aware_feature_loss", FEATURES),
         ),
     ),

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,19 +21,6 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 needs_cuda = pytest.mark.skipif(
     find_spec("triton") is None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"
 )
-needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the CUDA driver by a stand-in")
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """A process in which Triton interprets kernels: it decides that when it is imported."""
-    pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("PYTHONWARNINGS", "error::RuntimeWarning")  # NumPy's, such as a scalar overflow
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(torch.set_num_threads, 1).result()
-            yield pool
 
 
 @pytest.fixture
@@ -228,7 +211,7 @@ def test_the_package_does_not_import_triton():
 @needs_triton
 def test_reasons(monkeypatch):
     backend = TritonBackend()
-    cpu = "it runs on CUDA (or in Triton's interpreter), and the cost is on cpu"
+    cpu = "it runs on CUDA (or in Triton's interpreter), not on cpu"
     size = "it takes at most 2048 rows and columns"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backend.unsupported_reasons(torch.zeros(1, 3, 3)) == [cpu]
@@ -243,60 +226,26 @@ def test_reasons(monkeypatch):
 
 
 def test_the_reason_without_triton(monkeypatch):
-    monkeypatch.setattr("detr_kd_losses.assignment._triton.find_spec", lambda _: None)
+    monkeypatch.setattr("detr_kd_losses._gpu.find_spec", lambda _: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert TritonBackend().unsupported_reasons(torch.zeros(1, 3, 3)) == ["Triton is not installed: pip install triton"]
 
 
 @pytest.fixture
-def compiled_kernels(monkeypatch, tmp_path):
-    """Kernels that the backend compiles for sm_90 and does not launch, by cache key; needs no GPU."""
-    pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.runtime import driver
-
-    try:
-        ptxas = Path(get_ptxas(90).path)
-    except RuntimeError as error:
-        pytest.skip(f"no ptxas: {error}")
-    device = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
-    )
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", device)
+def kernel(compiler):
+    """The kernel, which is compiled and not launched."""
     from detr_kd_losses.assignment._forest import solve_problem
 
-    if not hasattr(solve_problem, "device_caches"):
-        pytest.skip("Triton interprets kernels in this process")
-    run = type(solve_problem).run
-    monkeypatch.setattr(solve_problem, "run", lambda *args, **options: run(solve_problem, *args, **options | WARM_UP))
-    solve_problem.device_caches.clear()
-    yield SimpleNamespace(tools=ptxas.parent, compiled=lambda: solve_problem.device_caches[0][0])
-    solve_problem.device_caches.clear()
+    return compiler.watch(solve_problem)
 
 
-WARM_UP = {"warmup": True}
-
-
-@needs_no_cuda
-def test_no_register_is_spilled_at_the_default_sizes(compiled_kernels, tmp_path):
+def test_no_register_is_spilled_at_the_default_sizes(compiler, kernel):
     for size in (300, 900):
         TritonBackend().solve(torch.empty(1, size, size), None, None)
-    for kernel in compiled_kernels.compiled().values():
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [compiled_kernels.tools / "cuobjdump", "--dump-resource-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-        assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")]
-    assert len(compiled_kernels.compiled()) == 2
+    assert compiler.memory_of_registers(kernel) == 2 * [{"STACK": 0, "LOCAL": 0}]
 
 
-@needs_no_cuda
-def test_the_number_of_compilations_does_not_grow_with_the_number_of_shapes(compiled_kernels):
+def test_the_number_of_compilations_does_not_grow_with_the_number_of_shapes(compiler, kernel):
     backend = TritonBackend()
     for problems, rows, columns in [
         (1, 1, 1),
@@ -314,9 +263,9 @@ def test_the_number_of_compilations_does_not_grow_with_the_number_of_shapes(comp
         unaligned = torch.empty(problems, rows, columns + 1)[..., 1:]
         backend.solve(unaligned, None, mask)
         backend.solve(cost[:1].expand_as(cost), None, mask[:1].expand_as(mask))
-    assert len(compiled_kernels.compiled()) == 1
+    assert len(compiler.compiled(kernel)) == 1
     backend.solve(torch.empty(1, 65, 2), None, None)
-    assert len(compiled_kernels.compiled()) == 2
+    assert len(compiler.compiled(kernel)) == 2
 
 
 @needs_cuda

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from detr_kd_losses._gpu import why_no_triton
 
 __all__: list[str] = []
 
@@ -36,14 +35,7 @@ class TritonBackend:
 
     def unsupported_reasons(self, cost: Tensor) -> list[str]:
         """Triton missing, no CUDA device (or interpreter), or a problem that is too large."""
-        reasons = []
-        if find_spec("triton") is None:
-            reasons.append("Triton is not installed: pip install triton")
-        if cost.is_cuda:
-            if torch.cuda.get_device_capability(cost.device) < _MIN_CAPABILITY:
-                reasons.append("it needs a GPU of compute capability 7.0 or newer")
-        elif not _interpreted():
-            reasons.append(f"it runs on CUDA (or in Triton's interpreter), and the cost is on {cost.device.type}")
+        reasons = why_no_triton(cost, capability=_MIN_CAPABILITY)
         if max(cost.shape[-2:]) > _MAX_SIZE:
             reasons.append(f"it takes at most {_MAX_SIZE} rows and columns")
         return reasons
@@ -93,8 +85,3 @@ class TritonBackend:
 def _block(size_n: int, size_t: int) -> int:
     """The smallest block that holds a row of the problem."""
     return next(block for block in _LAUNCH if block >= max(size_n, size_t))
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, which its own switch decides."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_kd_losses._checks import check_same_device, check_same_shape, full_precision, shared_precision
-from detr_kd_losses._reduction import replica_mean, squared_length
+from detr_kd_losses._checks import check_same_device, check_same_shape, full_precision
+from detr_kd_losses._reduction import replica_mean
+from detr_kd_losses.losses._comparison import Comparison, compare
 from detr_kd_losses.losses._module import LossModule
+from detr_kd_losses.losses._similarity import summarize_queries
 from detr_kd_losses.losses.query_quality import Variant
 from detr_kd_losses.losses.target_aware_mask import (
     Normalize,
@@ -19,7 +20,6 @@ from detr_kd_losses.losses.target_aware_mask import (
     check_padding_mask,
     check_queries,
     check_weighting,
-    summarize_queries,
     weight_maps,
 )
 
@@ -97,72 +97,27 @@ def target_aware_feature_loss(
         check_same_device("student_features", student, teacher_features=teacher)
         check_queries("teacher_queries", teacher_queries, quality, "teacher_features", teacher)
         check_padding_mask(valid, "teacher_features", teacher)
-    weights = _loss_weights(teachers, teacher_queries, quality, masks, variant=variant, normalize=normalize)
+    # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
+    summary = summarize_queries(teacher_queries.detach(), quality.detach(), variant, add_stages=normalize == "queries")
     losses = []
-    for student, teacher, weight, valid in zip(students, teachers, weights, masks, strict=True):
-        distance: Tensor = _SquaredDistance.apply(student, _savable(teacher), _savable(valid))  # type: ignore[no-untyped-call]
-        cells = weight.new_full((), weight.numel()) if valid is None else valid.sum().to(weight.dtype)
-        count = replica_mean(cells, sync=sync_normalizer) * max(student.shape[1], 1)
-        losses.append((distance * weight).sum() / count)
+    for student, teacher, valid in zip(students, teachers, masks, strict=True):
+        seen = compare(student, teacher, valid, summary)
+        cells = None if valid is None else valid.flatten(1)
+        weight = _loss_weight(seen, teacher_queries.shape[-2], cells, variant=variant, normalize=normalize)
+        count = weight.new_full((), weight.numel()) if cells is None else cells.sum().to(weight.dtype)
+        count = replica_mean(count, sync=sync_normalizer) * max(student.shape[1], 1)
+        losses.append((seen.distance * weight).sum() / count)
     return torch.stack(losses).sum()
 
 
 @torch.no_grad()
-def _loss_weights(
-    teachers: list[Tensor],
-    queries: Tensor,
-    quality: Tensor,
-    masks: Sequence[Tensor | None],
-    *,
-    variant: Variant,
-    normalize: Normalize,
-) -> list[Tensor]:
-    """Weight (B, H, W) of the squared difference at each level, stages added."""
-    num_queries = queries.shape[-2]
-    # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
-    summary = summarize_queries(queries, quality, variant, add_stages=normalize == "queries")
-    maps = [
-        weight_maps(teacher, summary, num_queries, valid, variant=variant, normalize=normalize)
-        for teacher, valid in zip(teachers, masks, strict=True)
-    ]
-    return [(weight.square_() if variant == "official" else weight).sum(0) for weight in maps]
-
-
-class _SquaredDistance(torch.autograd.Function):
-    """Squared distance of student and teacher in each valid cell, (B, D, H, W) -> (B, H, W), 0 elsewhere.
-
-    Keeps nothing for the backward pass but its inputs. Whatever is in the padding, not a number included, stays out
-    of value and gradient.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
-        distance = squared_length(student, teacher)
-        return distance if valid is None else distance.where(valid, 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        student, teacher, valid = ctx.saved_tensors
-        student_values, teacher_values = shared_precision(student, teacher)
-        gradient = (student_values - teacher_values).mul_(2 * grad.unsqueeze(1))
-        if valid is not None:
-            gradient = gradient.where(valid.unsqueeze(1), 0.0)
-        return gradient.to(student.dtype), None, None
-
-
-def _savable(tensor: Tensor | None) -> Tensor | None:
-    """`tensor` without a graph; a copy of one that was made in inference mode, which autograd refuses to save."""
-    if tensor is None:
-        return None
-    # A compiler cannot trace the question, and does not need the answer.
-    copied = not torch.compiler.is_compiling() and tensor.is_inference()
-    return tensor.clone() if copied else tensor.detach()
+def _loss_weight(
+    seen: Comparison, num_queries: int, valid: Tensor | None, *, variant: Variant, normalize: Normalize
+) -> Tensor:
+    """Weight (B, H*W) of the squared distance in each cell of a level, stages added."""
+    inverse_length = seen.square.clamp(min=torch.finfo(seen.square.dtype).tiny).rsqrt()
+    weight = weight_maps(seen.similarity, inverse_length, num_queries, valid, variant=variant, normalize=normalize)
+    return (weight.square() if variant == "official" else weight).sum(0)
 
 
 def _as_levels(levels: Levels) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +13,9 @@ from detr_kd_losses._checks import (
     check_floating,
     check_same_device,
     check_same_shape,
-    full_precision_matmul,
-    shared_precision,
+    full_precision,
 )
-from detr_kd_losses._reduction import channel_blocks, squared_length
+from detr_kd_losses.losses._similarity import similarities, summarize_queries
 from detr_kd_losses.losses.query_quality import VARIANTS, Variant
 
 __all__ = ["Normalize", "target_aware_mask"]
@@ -73,100 +72,42 @@ def target_aware_mask(
     check_features("features", features)
     check_queries("queries", queries, quality, "features", features)
     check_padding_mask(padding_mask, "features", features)
-    summary = summarize_queries(queries, quality, variant)
-    weight = weight_maps(features, summary, queries.shape[-2], padding_mask, variant=variant, normalize=normalize)
-    return weight.reshape(*queries.shape[:-3], *weight.shape[1:])
-
-
-class QuerySummary(NamedTuple):
-    """What a weight map needs of the queries of each stage and image: K rows to multiply the features with.
-
-    Attributes:
-        rows: (L, B, K, D). ``"official"``: sum_m q_m Q_m, K = 1, because sum_m q_m (Q_m . f) = (sum_m q_m Q_m) . f.
-            ``"paper"``: the normalised queries where they are fewer than D, K = M; else the form
-            A = sum_m q_m Q_m Q_m^T, K = D, because sum_m q_m (Q_m . f)^2 = f^T A f.
-        quality: (L, B, K) where the rows are queries, else None.
-    """
-
-    rows: Tensor
-    quality: Tensor | None
-
-
-def summarize_queries(queries: Tensor, quality: Tensor, variant: Variant, *, add_stages: bool = False) -> QuerySummary:
-    """Summary of queries (..., B, M, D) and their quality (..., B, M), made once for all levels.
-
-    With `add_stages` only the sum of the maps over stages matters, so that their forms may be added up before.
-    """
-    queries, quality = shared_precision(queries, quality)
-    queries = queries.reshape(queries.shape[:-3].numel(), *queries.shape[-3:])
-    length = torch.linalg.vector_norm(queries, dim=-1)
-    quality = quality.reshape(length.shape)
-    # A query of no length has no direction; the square of its inverse would overflow.
-    inverse = torch.where(length > torch.finfo(length.dtype).tiny ** 0.5, 1 / length, 0.0)
-    with full_precision_matmul(queries):
-        if variant == "official":
-            return QuerySummary((quality * inverse).unsqueeze(-2) @ queries, None)
-        stages, _, num_queries, channels = queries.shape
-        if num_queries * (stages if add_stages else 1) < channels:
-            return QuerySummary(queries * inverse.unsqueeze(-1), quality)
-        forms = queries.mT @ (queries * (quality * inverse.square()).unsqueeze(-1))
-    return QuerySummary(forms.sum(0, keepdim=True) if add_stages else forms, None)
+    tiny = torch.finfo(torch.float32).tiny
+    weight = weight_maps(
+        similarities(features, summarize_queries(queries, quality, variant)),
+        1 / torch.linalg.vector_norm(full_precision(features).flatten(2), dim=1).clamp(min=tiny),
+        queries.shape[-2],
+        None if padding_mask is None else padding_mask.flatten(1),
+        variant=variant,
+        normalize=normalize,
+    )
+    return weight.reshape(*queries.shape[:-2], *features.shape[2:])
 
 
 def weight_maps(
-    features: Tensor,
-    summary: QuerySummary,
+    similarity: Tensor,
+    inverse_length: Tensor,
     num_queries: int,
-    padding_mask: Tensor | None,
+    valid: Tensor | None,
     *,
     variant: Variant,
     normalize: Normalize,
 ) -> Tensor:
-    """The mask (L, B, H, W) of each stage; no temporary is larger than the feature map."""
-    features, rows = shared_precision(features, summary.rows)
-    cells = features.flatten(2)  # (B, D, H*W)
-    tiny = torch.finfo(features.dtype).tiny
-    with full_precision_matmul(features):
-        if variant == "official":
-            products, square = _products_and_squared_length(rows.squeeze(-2).transpose(0, 1), cells)
-            weight = products.transpose(0, 1).div_(square.sqrt().clamp(min=tiny)).clamp_(min=_OFFICIAL_FLOOR)
-        else:
-            length = squared_length(cells).sqrt().clamp(min=tiny)
-            weight = _squared_similarities(rows, summary.quality, cells).div_(length).div_(length)
-    valid = None if padding_mask is None else padding_mask.flatten(1)
+    """The mask (L, B, H*W) of each stage, from similarities that still have the length of the features in them.
+
+    Args:
+        similarity: (L, B, H*W), see :func:`similarities`.
+        inverse_length: (B, H*W), 1 / length of the features; any finite number where they are 0.
+        num_queries: M.
+        valid: (B, H*W) bool, or None.
+        variant: See :func:`target_aware_mask`.
+        normalize: See there.
+    """
+    weight = similarity * inverse_length
+    weight = weight.clamp(min=_OFFICIAL_FLOOR) if variant == "official" else weight.mul_(inverse_length)
     if valid is not None:
-        weight = torch.where(valid, weight, 0.0)
-    weight = weight.div_(_normalizer(weight, valid, normalize, num_queries))
-    maps: Tensor = weight.reshape(*weight.shape[:-1], *features.shape[-2:])
-    return maps
-
-
-def _products_and_squared_length(rows: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Products (B, L, H*W) of `rows` (B, L, D) and cells, and the cells' squared length (B, H*W), in one pass."""
-    square = cells[:, :0].sum(1)
-    products = rows[..., :0] @ cells[:, :0]
-    for block in channel_blocks(cells):
-        part = cells[:, block]
-        square.add_(part.square().sum(1))
-        products.add_(rows[..., block] @ part)
-    return products, square
-
-
-def _squared_similarities(rows: Tensor, quality: Tensor | None, cells: Tensor) -> Tensor:
-    """sum_m q_m (Q_m . F)^2 for the features F of all cells (B, D, H*W): (L, B, H*W)."""
-    stages, batch, size, channels = rows.shape
-    rows = rows.transpose(0, 1)
-    quality = None if quality is None else quality.to(rows.dtype).transpose(0, 1).unsqueeze(-2)
-    at_once = max(1, channels // max(1, size))
-    maps = [cells.new_zeros((batch, 0, cells.shape[-1]))]
-    for first in range(0, stages, at_once):
-        part = rows[:, first : first + at_once]
-        products = (part.flatten(1, 2) @ cells).reshape(batch, part.shape[1], size, cells.shape[-1])
-        if quality is None:
-            maps.append((products * cells.unsqueeze(1)).sum(2))
-        else:
-            maps.append((quality[:, first : first + at_once] @ products.square()).squeeze(-2))
-    return torch.cat(maps, dim=1).transpose(0, 1)
+        weight = weight.where(valid, 0.0)
+    return weight.div_(_normalizer(weight, valid, normalize, num_queries))
 
 
 def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_queries: int) -> Tensor | float:
