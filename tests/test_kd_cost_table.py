@@ -39,6 +39,8 @@ def table() -> ModuleType:
 def test_products_count_multiply_adds(table):
     a, b, bias = torch.ones(5, 3), torch.ones(3, 7), torch.ones(7)
     assert table.multiply_adds(lambda: a @ b) == table.multiply_adds(lambda: torch.addmm(bias, a, b)) == 5 * 3 * 7
+    stack, total = torch.ones(2, 5, 3), torch.ones(2, 5, 5)
+    assert table.multiply_adds(lambda: total.baddbmm_(stack, stack.mT)) == 2 * 5 * 3 * 5
     images, kernels = torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3)
     assert table.multiply_adds(lambda: torch.conv2d(images, kernels)) == 2 * 4 * 6 * 6 * 3 * 3 * 3
     assert table.multiply_adds(lambda: a + a) == 0
@@ -49,6 +51,7 @@ def test_elements_count_what_is_no_product_and_no_view(table):
     for function, expected in (
         (lambda: a.mT.unsqueeze(0).expand(5, 4, 3), 0),
         (lambda: a @ a.mT, 0),
+        (lambda: torch.ones(2, 3, 3).baddbmm_(a.expand(2, 3, 4), a.mT.expand(2, 4, 3)), 2 * 3 * 3),  # the ones
         (lambda: a * 2 + a, 2 * 12),
         (a.sum, 12),
         (lambda: a.unsqueeze(1) - a, 3 * 3 * 4),
@@ -94,6 +97,19 @@ def test_ways_of_the_query_group_differ_by_what_they_repeat(family, table):
     assert 0 < least < ways["replay"] < basic["total"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_replays_at_the_least_cost(family, table):
+    """Beside it the heads, which the models have run by themselves."""
+    image = (64, 96)
+    with FakeTensorMode():
+        models = {role: table.detector(family, [1, 1, 1, 1], num_queries=7, **TINY) for role in table.DEPTHS}
+        tap, basic = table.count_forward(models["student"], image)
+        least = table.count_query_group(tap, 7, 7)["replay, memory kept"]
+        step = table.count_adapter(**models, image=image)
+    assert basic["heads_of_model"] > 0
+    assert step == 2 * (basic["total"] + basic["heads_of_model"]) + least
+
+
 def test_share(table):
     basic = {"teacher": {"total": 60}, "student": {"total": 30}}
     paper = table.Published((0, 0), (2e-9, 3e-9), 0, 0)
@@ -115,7 +131,14 @@ def counted(request, table):
 
 
 @pytest.mark.parametrize("criterion", ["Eq. 9", "official", "default"])
-def test_concatenated_share_is_at_most_a_third_of_the_papers(criterion, counted, table):
+@pytest.mark.parametrize("way", ["concatenation", "replay by the adapter"])
+def test_share_is_at_most_a_third_of_the_papers(way, criterion, counted, table):
     family, counts = counted
     assert len(counts["levels"]) == (4 if family == "Deformable DETR" else 1)
-    assert counts["share"][criterion]["concatenation"]["share"] <= table.PAPER[family].share / 3
+    assert counts["share"][criterion][way]["share"] <= table.PAPER[family].share / 3
+
+
+def test_replay_of_the_adapter_is_the_least_beside_its_heads(counted):
+    counts = counted[1]
+    heads = sum(cost["heads_of_model"] for cost in counts["basic"].values())
+    assert counts["query_group"]["replay by the adapter"] == counts["query_group"]["replay, memory kept"] + heads

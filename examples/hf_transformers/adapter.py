@@ -9,7 +9,8 @@
 
 A `Tap` records the call of the decoder. What the decoder is given holds the queries, the feature maps and the padding
 mask; what it answers gives the predictions of every layer. A second call, with the teacher's queries in place of the
-model's own, is the extra query group: it equals a concatenation under a block mask, for a group of any size.
+model's own, is the extra query group: it equals a concatenation under a block mask, for a group of any size. What the
+layers have projected of the memory does not depend on the queries; the second call takes it from the first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
@@ -47,18 +49,29 @@ class Tap:
     def __enter__(self) -> Tap:
         core = self.model.model
         layer_outputs: list[Tensor] = []
+        projections: dict[nn.Module, list[Tensor]] = {}
 
         def record_layer(_: nn.Module, __: Any, output: Any) -> None:
             layer_outputs.append(output[0] if isinstance(output, tuple) else output)
 
+        def record_projection(module: nn.Module, _: Any, output: Tensor) -> None:
+            # A teacher, which runs without gradients, must hold nothing for a replay that never comes. Compiled code
+            # would be compiled again for every tap. In another tap's replay there is nothing: the module saw no cell.
+            if not torch.compiler.is_compiling() and output.requires_grad and output.numel():
+                projections.setdefault(module, []).append(output)
+
         def record_call(_: nn.Module, __: Any, arguments: dict[str, Any], output: Any) -> None:
-            self.call = DecoderCall(dict(arguments), output, list(layer_outputs))
+            # What a layer calls twice may have seen two things.
+            once = {module: outputs[0] for module, outputs in projections.items() if len(outputs) == 1}
+            self.call = DecoderCall(dict(arguments), output, list(layer_outputs), once)
             layer_outputs.clear()
+            projections.clear()
 
         def record_map_size(_: nn.Module, __: Any, feature_map: Tensor) -> None:
             self._map_size = tuple(feature_map.shape[-2:])
 
         self._hooks = [layer.register_forward_hook(record_layer) for layer in core.decoder.layers]
+        self._hooks += [module.register_forward_hook(record_projection) for module in self._memory_projections()]
         self._hooks.append(core.decoder.register_forward_hook(record_call, with_kwargs=True))
         if hasattr(core, "input_projection"):
             # DETR, Conditional DETR and DAB-DETR give their one map to the decoder flattened.
@@ -100,14 +113,17 @@ class Tap:
         return {name: arguments[name][:, own].detach() for name in self.family.query_arguments}
 
     def replay(self, group: QueryGroup) -> Predictions:
-        """Run the decoder once more on the same image, with other queries in place of the model's own."""
+        """Run the decoder once more on the same image, with other queries in place of the model's own.
+
+        Where gradients were recorded, the memory is not projected once more.
+        """
         arguments = self._recorded().arguments
         if self._hooks:
             msg = "`replay` and `output(group=...)` must be called after the `with Tap(model)` block"
             raise RuntimeError(msg)
         check_group(group, {name: arguments[name] for name in self.family.query_arguments})
         without_denoising = {"encoder_attention_mask": None} if self.family.mask_argument is None else {}
-        with Tap(self.model) as tap, _single_group(self.model):
+        with Tap(self.model) as tap, _single_group(self.model), _answering(self._recorded().projections):
             self.model.model.decoder(**{**arguments, **without_denoising, **group})
         return self.family.predict(self.model, tap._recorded())
 
@@ -131,6 +147,15 @@ class Tap:
             msg = "the model must be called inside `with Tap(model)` first: no call of its decoder was recorded"
             raise RuntimeError(msg)
         return self.call
+
+    def _memory_projections(self) -> list[nn.Module]:
+        """Those of all layers but checkpointed ones, which run again in the backward pass, where no hook answers."""
+        return [
+            layer.get_submodule(name)
+            for layer in self.model.model.decoder.layers
+            if not getattr(layer, "gradient_checkpointing", False)
+            for name in self.family.memory_projections
+        ]
 
     def _own_queries(self) -> slice:
         """Where the model's own queries are, without those of denoising and the copies of group DETR."""
@@ -219,6 +244,25 @@ def check_group(group: QueryGroup, own: QueryGroup) -> None:
 
 def _select_queries(predictions: Predictions, own: slice) -> Predictions:
     return Predictions(*(tensor[:, :, own] for tensor in predictions))
+
+
+@contextmanager
+def _answering(known: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Let modules answer what is known. No hook can keep them from running; they run on no cell, at no cost."""
+
+    def give_nothing(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        return arguments[0][:, :0]
+
+    def answer(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return known[module].to(output.dtype)  # another one where only one of the two calls is under autocast
+
+    hooks = [module.register_forward_pre_hook(give_nothing) for module in known]
+    hooks += [module.register_forward_hook(answer) for module in known]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What differs between the DETR families of transformers: the arguments that are queries, and the heads.
+"""What differs between the DETR families of transformers: the arguments that are queries, the heads, the projections.
 
 Each `predict_*` function turns one call of a decoder into the predictions of all its layers, with the model's own
 heads. The outputs of transformers are no substitute: most hold the last layer only, and `auxiliary_loss=True` in the
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 
 class DecoderCall(NamedTuple):
-    """One call of a decoder: its keyword arguments, its output, and the raw output of each of its layers."""
+    """One call of a decoder: its keyword arguments, its output, and the raw output of each of its layers.
+
+    With them what a second call with other queries may take from it: the output of `memory_projections`.
+    """
 
     arguments: dict[str, Any]
     output: Any
     layer_outputs: list[Tensor]
+    projections: dict[nn.Module, Tensor]
 
 
 class Predictions(NamedTuple):
@@ -42,6 +46,8 @@ class Family(NamedTuple):
             after the denoising queries ("last").
         predicts_in_training: Whether the decoder predicts after every layer only where its own `training` flag is
             set, which it uses for nothing else.
+        memory_projections: Submodules of a decoder layer that see the encoder's memory or its positions and no queries,
+            so that they answer other queries the same. None in D-FINE and DEIMv2, which sample the memory as it is.
     """
 
     predict: Callable[[nn.Module, DecoderCall], Predictions]
@@ -50,6 +56,7 @@ class Family(NamedTuple):
     mask_argument: str | None = "encoder_attention_mask"
     own_queries: Literal["first", "last"] = "first"
     predicts_in_training: bool = False
+    memory_projections: tuple[str, ...] = ()
 
 
 def predict_detr(model: nn.Module, call: DecoderCall) -> Predictions:
@@ -136,23 +143,41 @@ def _move(offsets: Tensor, reference: Tensor) -> Tensor:
 
 _DETR = ("inputs_embeds", "object_queries_position_embeddings")
 _ANCHORED = ("inputs_embeds", "reference_points")
+_VALUES = ("encoder_attn.value_proj",)
 # RT-DETR and its heirs pass the mask of their denoising queries as `encoder_attention_mask`; images have none.
-_RT_DETR = Family(predict_rt_detr, _ANCHORED, mask_argument=None, own_queries="last")
-_D_FINE = _RT_DETR._replace(predict=predict_d_fine, predicts_in_training=True)
+_RT_DETR = Family(predict_rt_detr, _ANCHORED, mask_argument=None, own_queries="last", memory_projections=_VALUES)
+_D_FINE = _RT_DETR._replace(predict=predict_d_fine, predicts_in_training=True, memory_projections=())
+_LW_DETR = Family(predict_lw_detr, _ANCHORED, memory_projections=("cross_attn.value_proj",))
 
 FAMILIES: dict[str, Family] = {
-    "detr": Family(predict_detr, _DETR, activation="softmax"),
-    "conditional_detr": Family(predict_conditional, _DETR),
-    "dab-detr": Family(
-        predict_dab, ("inputs_embeds", "query_position_embeddings"), mask_argument="memory_key_padding_mask"
+    "detr": Family(
+        predict_detr,
+        _DETR,
+        activation="softmax",
+        memory_projections=("encoder_attn.k_proj", "encoder_attn.v_proj"),
     ),
-    "deformable_detr": Family(predict_deformable, (*_DETR, "reference_points")),
+    "conditional_detr": Family(
+        predict_conditional,
+        _DETR,
+        memory_projections=("encoder_attn.k_content_proj", "encoder_attn.k_pos_proj", "encoder_attn.v_proj"),
+    ),
+    "dab-detr": Family(
+        predict_dab,
+        ("inputs_embeds", "query_position_embeddings"),
+        mask_argument="memory_key_padding_mask",
+        memory_projections=(
+            "cross_attn.cross_attn_key_content_proj",
+            "cross_attn.cross_attn_key_pos_proj",
+            "cross_attn.cross_attn_value_proj",
+        ),
+    ),
+    "deformable_detr": Family(predict_deformable, (*_DETR, "reference_points"), memory_projections=_VALUES),
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
     "d_fine": _D_FINE,
     "deimv2": _D_FINE,
-    "lw_detr": Family(predict_lw_detr, _ANCHORED),
-    "rf_detr": Family(predict_lw_detr, _ANCHORED),
+    "lw_detr": _LW_DETR,
+    "rf_detr": _LW_DETR,
 }
 
 

@@ -79,13 +79,6 @@ def test_replay_of_own_queries_reproduces_the_predictions(family: str) -> None:
     assert_close(output.group_boxes, output.boxes, **EXACT)
 
 
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @families
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
@@ -256,13 +249,20 @@ def test_tap_leaves_no_trace(family: str) -> None:
     before = traces(model)
     with Tap(model) as tap:
         model(**zoo.images(model))
-    tap.output(group=tap.query_group())
+    group = tap.query_group()
+    tap.output(group=group)
+    assert traces(model) == before
+    with pytest.raises(RuntimeError):
+        tap.replay({**group, "inputs_embeds": group["inputs_embeds"][:, :5]})
     assert traces(model) == before
 
 
-def traces(model: nn.Module) -> dict[str, tuple[bool, int]]:
+def traces(model: nn.Module) -> dict[str, tuple[bool, int, int]]:
     """Mode and number of hooks of each module."""
-    return {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
+    return {
+        name: (module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    }
 
 
 class TestMistakes:
