@@ -19,7 +19,7 @@ def why_no_triton(tensor: Tensor, *, capability: tuple[int, int]) -> list[str]:
     if tensor.is_cuda:
         if torch.cuda.get_device_capability(tensor.device) < capability:
             reasons.append(f"it needs a GPU of compute capability {'.'.join(map(str, capability))} or newer")
-    elif not _interpreted():
+    elif not interprets():
         reasons.append(f"it runs on CUDA (or in Triton's interpreter), not on {tensor.device.type}")
     return reasons
 
@@ -29,6 +29,6 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, which its own switch decides."""
+def interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, on a CPU, which its own switch decides."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

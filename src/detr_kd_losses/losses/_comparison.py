@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._checks import full_precision_matmul, shared_precision
-from detr_kd_losses._gpu import is_wrapped, why_no_triton
+from detr_kd_losses._gpu import interprets, is_wrapped, why_no_triton
 from detr_kd_losses.losses._similarity import Kind, QuerySummary, in_blocks, similarities, slices
 
 __all__: list[str] = []
@@ -125,6 +125,8 @@ def _launches(student: Tensor, teacher: Tensor, *others: Tensor) -> bool:
     tensors = (student, teacher, *others)
     return not (
         torch.compiler.is_compiling()
+        or not (teacher.is_cuda or interprets())
+        or torch.version.hip  # no products of three TF32 there
         or torch.is_grad_enabled()
         or teacher.numel() == 0
         or any(is_wrapped(tensor) or tensor.dtype == torch.float64 for tensor in tensors)
