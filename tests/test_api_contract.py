@@ -72,6 +72,18 @@ def test_import_is_light():
     assert printed.strip() == "set()"
 
 
+def test_a_step_loads_no_compiler():
+    """PyTorch's takes about a second and 70 MB, which a notebook would wait for at the first match."""
+    code = """if True:
+        import sys, torch, detr_kd_losses as dkl
+        student, teacher = (dkl.DetectorOutput(torch.randn(2, 1, 5, 3, requires_grad=True), torch.rand(2, 1, 5, 4)) for _ in range(2))
+        targets = dkl.Targets(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+        sum(dkl.DETRDistillationLoss()(student, teacher, targets).values()).backward()
+        print("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.split() == [b"False"]
+
+
 def test_every_module_declares_what_is_public():
     for module in pkgutil.walk_packages(dkl.__path__, "detr_kd_losses."):
         assert importlib.import_module(module.name).__doc__, module.name

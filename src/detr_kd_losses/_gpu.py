@@ -11,7 +11,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 
-def why_no_triton(tensor: Tensor, *, capability: tuple[int, int]) -> list[str]:
+def why_no_triton(name: str, tensor: Tensor, *, capability: tuple[int, int]) -> list[str]:
     """Why no Triton kernel for GPUs of at least `capability` can run on `tensor` here and now; empty if one can."""
     reasons = []
     if find_spec("triton") is None:
@@ -20,7 +20,7 @@ def why_no_triton(tensor: Tensor, *, capability: tuple[int, int]) -> list[str]:
         if torch.cuda.get_device_capability(tensor.device) < capability:
             reasons.append(f"it needs a GPU of compute capability {'.'.join(map(str, capability))} or newer")
     elif not interprets():
-        reasons.append(f"it runs on CUDA (or in Triton's interpreter), not on {tensor.device.type}")
+        reasons.append(f"it runs on CUDA (or in Triton's interpreter), and the {name} is on {tensor.device.type}")
     return reasons
 
 

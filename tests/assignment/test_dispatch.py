@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 import types
 
 import pytest
+import scipy.optimize
 import torch
 
 import detr_kd_losses as dkl
@@ -117,6 +119,32 @@ def test_compiles_without_graph_break():
         cost = torch.rand(2, size, size)
         expected = cost.gather(-1, dkl.linear_sum_assignment(cost).unsqueeze(-1)).sum()
         torch.testing.assert_close(total(cost), expected)
+
+
+def test_a_compiler_does_not_look_into_the_solver(monkeypatch):
+    """Not even where it leaves the frame around the operator to Python, and goes on with those that this one calls."""
+    traced = []
+
+    def solve(cost):
+        traced.append(torch.compiler.is_compiling())
+        return scipy.optimize.linear_sum_assignment(cost)
+
+    monkeypatch.setattr(assignment_module, "BACKENDS", {"spy": _cpu.CpuBackend(solve)})
+
+    @torch.compiler.disable(recursive=False)
+    def call(cost):
+        return torch.ops.detr_kd_losses.linear_sum_assignment(cost, None, None, "spy")
+
+    torch.compile(lambda cost: call(cost) + 1, backend="eager")(torch.rand(2, 4, 4))
+    assert traced == [False, False]
+
+
+def test_the_module_can_be_loaded_again():
+    code = "import importlib, torch, detr_kd_losses.assignment as a; importlib.reload(a); print(a.linear_sum_assignment(torch.eye(2)).tolist())"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.split() == [
+        b"[1,",
+        b"0]",
+    ]
 
 
 @pytest.mark.parametrize("backend", ["scipy", pytest.param("lapx", marks=WITH_LAPX)])

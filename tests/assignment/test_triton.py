@@ -211,7 +211,7 @@ def test_the_package_does_not_import_triton():
 @needs_triton
 def test_reasons(monkeypatch):
     backend = TritonBackend()
-    cpu = "it runs on CUDA (or in Triton's interpreter), not on cpu"
+    cpu = "it runs on CUDA (or in Triton's interpreter), and the cost is on cpu"
     size = "it takes at most 2048 rows and columns"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backend.unsupported_reasons(torch.zeros(1, 3, 3)) == [cpu]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -80,17 +82,13 @@ def linear_sum_assignment(
     if backend != "auto" and backend not in BACKENDS:
         msg = f"`backend` must be 'auto' or one of {list(BACKENDS)}, got {backend!r}"
         raise ValueError(msg)
-    assignment: Tensor = _linear_sum_assignment(full_precision(cost.detach()), row_mask, column_mask, backend)
+    solve = torch.ops.detr_kd_losses.linear_sum_assignment
+    assignment: Tensor = solve(full_precision(cost.detach()), row_mask, column_mask, backend)
     return assignment
 
 
-@torch.library.custom_op(
-    "detr_kd_losses::linear_sum_assignment",
-    mutates_args=(),
-    schema="(Tensor cost, Tensor? row_mask, Tensor? column_mask, str backend) -> Tensor",
-)
-def _linear_sum_assignment(cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, backend: str) -> Tensor:
-    """Dispatch; an operator of its own, so that torch.compile takes a solver as it is."""
+def _dispatch(cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, backend: str) -> Tensor:
+    """Solve with the backend of that name, or the first that can."""
     if cost.shape[:-2].numel() == 0 or 0 in cost.shape[-2:]:
         return cost.new_full(cost.shape[:-1], -1, dtype=torch.int64)
     problems = cost.reshape(-1, *cost.shape[-2:])
@@ -103,9 +101,22 @@ def _linear_sum_assignment(cost: Tensor, row_mask: Tensor | None, column_mask: T
     return solver.solve(problems, rows, columns).reshape(cost.shape[:-1])
 
 
-@_linear_sum_assignment.register_fake
-def _(cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, backend: str) -> Tensor:  # noqa: ARG001
+def _dispatch_unseen(*arguments: Any) -> Tensor:
+    """Dispatch where no compiler traces the solver. One that is not loaded does not: loading it takes a second."""
+    loaded = "torch._dynamo" in sys.modules
+    dispatch: Callable[..., Tensor] = torch.compiler.disable(_dispatch) if loaded else _dispatch  # type: ignore[no-untyped-call]
+    return dispatch(*arguments)
+
+
+def _shape_of_result(cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, backend: str) -> Tensor:  # noqa: ARG001
     return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
+
+
+# An operator of its own, so that torch.compile takes a solver as it is.
+_LIBRARY: Any = torch.library.Library("detr_kd_losses", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("linear_sum_assignment(Tensor cost, Tensor? row_mask, Tensor? column_mask, str backend) -> Tensor")
+_LIBRARY.impl("linear_sum_assignment", _dispatch_unseen, "CompositeExplicitAutograd")
+torch.library.register_fake("detr_kd_losses::linear_sum_assignment", _shape_of_result, lib=_LIBRARY)
 
 
 def select_backend(cost: Tensor) -> str:

@@ -35,7 +35,7 @@ class TritonBackend:
 
     def unsupported_reasons(self, cost: Tensor) -> list[str]:
         """Triton missing, no CUDA device (or interpreter), or a problem that is too large."""
-        reasons = why_no_triton(cost, capability=_MIN_CAPABILITY)
+        reasons = why_no_triton("cost", cost, capability=_MIN_CAPABILITY)
         if max(cost.shape[-2:]) > _MAX_SIZE:
             reasons.append(f"it takes at most {_MAX_SIZE} rows and columns")
         return reasons

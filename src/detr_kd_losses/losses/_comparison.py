@@ -130,7 +130,7 @@ def _launches(student: Tensor, teacher: Tensor, *others: Tensor) -> bool:
         or torch.is_grad_enabled()
         or teacher.numel() == 0
         or any(is_wrapped(tensor) or tensor.dtype == torch.float64 for tensor in tensors)
-        or why_no_triton(teacher, capability=_MIN_CAPABILITY)
+        or why_no_triton("teacher", teacher, capability=_MIN_CAPABILITY)
     )
 
 
