@@ -138,16 +138,16 @@ def mask_flops(case: Case) -> dict[str, float]:
     return {"package": package, "plain": reference, "ratio": reference / package}
 
 
-def feature_loss(variant: str, case: Case) -> Callable[[], None]:
+def feature_loss(variant: str, case: Case, *, compiled: bool = False) -> Callable[[], None]:
     """Forward and backward of the feature loss alone, for given qualities."""
     student, teacher, _ = make_step(case)
     quality = torch.rand(case.layers, case.images, case.teacher_queries)
+    function = dkl.TargetAwareFeatureLoss(variant=variant)
+    if compiled:
+        function = torch.compile(function, fullgraph=True)
 
     def step() -> None:
-        loss = dkl.target_aware_feature_loss(
-            student.features, teacher.features, teacher.queries, quality, variant=variant
-        )
-        loss.backward()
+        function(student.features, teacher.features, teacher.queries, quality).backward()
 
     return step
 
@@ -158,6 +158,12 @@ def growth(variant: str, field: str, small: int, large: int) -> dict[str, float]
     times = side_by_side({name: feature_loss(variant, case) for name, case in cases.items()}, repeats=15)
     medians = {name: time["median"] for name, time in times.items()}
     return {**medians, "growth": medians[str(large)] / medians[str(small)] - 1}
+
+
+def compiled(variant: str) -> dict[str, float]:
+    """Time of the feature loss with and without torch.compile: milliseconds."""
+    steps = {name: feature_loss(variant, DEFAULT, compiled=name == "compiled") for name in ("eager", "compiled")}
+    return {name: time["median"] for name, time in side_by_side(steps, repeats=15).items()}
 
 
 def criterion_growth(implementation: str, field: str) -> dict[str, float]:
@@ -186,6 +192,9 @@ def main() -> None:
     }
     for what, row in results["growth"].items():
         print(f"feature loss, {what}: {row}")
+    results["compiled"] = {variant: compiled(variant) for variant in ("official", "paper")}
+    for what, row in results["compiled"].items():
+        print(f"feature loss, {what}, ms: " + ", ".join(f"{name}: {ms:.0f}" for name, ms in row.items()))
     results["criterion_growth"] = {
         f"{implementation} {field}": criterion_growth(implementation, field)
         for implementation in ("package", "default")
