@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import detr_kd_losses as dkl
-from detr_kd_losses import boxes, testing
+from detr_kd_losses import boxes, costs, matching, testing
 from detr_kd_losses.assignment import _cpu
 from detr_kd_losses.losses import _comparison, _pairs, _similarity, detection, features, logits, query_quality
 from detr_kd_losses.testing.cases import (
@@ -329,14 +329,14 @@ MUTANTS = [
         ("columns not renumbered", "matched_columns = columns[matched_columns]", "pass", solver("masks")),
     ),
     *faults(
-        dkl.match_targets, ("target mask forgotten", "column_mask=mask", "column_mask=None", targets("target_padding"))
+        dkl.match_targets, ("target mask forgotten", "*targets), mask)", "*targets), None)", targets("target_padding"))
     ),
     *faults(
-        dkl.match_teacher,
+        matching._positives_first,
         (
             "negatives matched before positives",
-            "column_mask=teacher_positive",
-            "column_mask=~teacher_positive",
+            "column_mask=column_mask",
+            "column_mask=~column_mask",
             teacher("optimal"),
         ),
         ("positives may be matched twice", "row_mask=positives < 0", "row_mask=None", teacher("optimal")),
@@ -352,11 +352,11 @@ MUTANTS = [
         ("focal cost without its negative part", "by_class = positive - negative", "by_class = positive", cost_value),
     ),
     *faults(
-        dkl.distillation_cost,
+        costs.distillation_costs,
         (
             "class cost transposed",
-            "logits @ scores.mT)",
-            "logits.flip(-1) @ scores.mT)",
+            " + logits @ scores.mT",
+            " + logits.flip(-1) @ scores.mT",
             oracle("distillation_cost", DISTILLATION.without("teacher_positive").without("assignment")),
         ),
     ),

@@ -17,13 +17,13 @@ def costs_built(monkeypatch):
     monkeypatch.setattr(matching, "_BUILT_AT_ONCE", 100)
     monkeypatch.setattr(matching, "_SOLVED_AT_ONCE", 250)
     shapes = []
-    for name in ("detection_cost", "distillation_cost", "box_cost"):
+    for name in ("detection_cost", "distillation_cost", "distillation_costs"):
         function = getattr(matching, name)
 
         def recorded(*args, function=function, **options):
-            cost = function(*args, **options)
-            shapes.append(cost.shape)
-            return cost
+            costs = function(*args, **options)
+            shapes.extend(cost.shape for cost in (costs if isinstance(costs, tuple) else [costs]))
+            return costs
 
         monkeypatch.setattr(matching, name, recorded)
     return shapes

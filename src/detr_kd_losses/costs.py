@@ -150,19 +150,50 @@ def distillation_cost(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 3-4.
     """
+    cost, _ = distillation_costs(
+        student_logits,
+        student_boxes,
+        teacher_logits,
+        teacher_boxes,
+        student_activation=student_activation,
+        teacher_activation=teacher_activation,
+        class_map=class_map,
+        weight_class=weight_class,
+        weight_bbox=weight_bbox,
+        weight_giou=weight_giou,
+    )
+    return cost
+
+
+def distillation_costs(
+    student_logits: Tensor,
+    student_boxes: Tensor,
+    teacher_logits: Tensor,
+    teacher_boxes: Tensor,
+    *,
+    student_activation: Activation,
+    teacher_activation: Activation,
+    class_map: ClassMap | None,
+    weight_class: float,
+    weight_bbox: float,
+    weight_giou: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`distillation_cost`, and the part of it that boxes alone have, each (..., N, M)."""
     check_predictions("student_", student_logits, student_boxes)
     check_predictions("teacher_", teacher_logits, teacher_boxes)
     check_same_shape("student_logits", student_logits.shape[:-2], "teacher_logits", teacher_logits.shape[:-2], "(...)")
     check_same_device("student_logits", student_logits, teacher_logits=teacher_logits)
-    cost = box_cost(student_boxes, teacher_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
+    by_box = box_cost(student_boxes, teacher_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
     logits, teacher_logits = shared_precision(student_logits, teacher_logits)
     heads = (student_activation, teacher_activation, class_map)
     scores = teacher_log_scores(teacher_logits, logits.shape[-1], *heads).log_p.exp()
     logits = forget_unknown_classes(logits, teacher_logits.shape[-1], *heads)
     with full_precision_matmul(logits):
         if student_activation == "softmax":
-            return cost - weight_class * (logits.log_softmax(-1) @ scores.mT)
-        return cost - weight_class * (F.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ scores.mT)
+            likelihood = logits.log_softmax(-1) @ scores.mT
+        else:
+            likelihood = F.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ scores.mT
+    return by_box - weight_class * likelihood, by_box
 
 
 def box_cost(boxes: Tensor, other_boxes: Tensor, *, weight_bbox: float, weight_giou: float) -> Tensor:

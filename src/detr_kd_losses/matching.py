@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from detr_kd_losses._checks import (
 )
 from detr_kd_losses.assignment import linear_sum_assignment
 from detr_kd_losses.class_scores import Activation, ClassMap
-from detr_kd_losses.costs import ClassCost, box_cost, detection_cost, distillation_cost
+from detr_kd_losses.costs import ClassCost, detection_cost, distillation_cost, distillation_costs
 
 __all__ = ["match_targets", "match_teacher"]
 
@@ -99,7 +100,8 @@ def match_targets(
     labels = target_labels.where(target_mask, 0)
     targets = (labels.expand(*batch, -1), target_boxes.expand(*batch, -1, -1))
     mask = target_mask.expand(*batch, -1)
-    return _assign(cost, (logits, boxes, *targets), column_mask=mask, backend=backend)
+    solve = partial(linear_sum_assignment, backend=backend)
+    return _in_parts(solve, lambda *tensors: [cost(*tensors)], (logits, boxes, *targets), mask)
 
 
 @torch.no_grad()
@@ -156,62 +158,55 @@ def match_teacher(
     check_predictions("student_", student_logits, student_boxes)
     check_predictions("teacher_", teacher_logits, teacher_boxes)
     check_same_shape("student_logits", student_logits.shape[:-2], "teacher_logits", teacher_logits.shape[:-2], "(...)")
-    cost = partial(
-        distillation_cost,
-        student_activation=student_activation,
-        teacher_activation=teacher_activation,
-        class_map=class_map,
-        weight_class=weight_class,
-        weight_bbox=weight_bbox,
-        weight_giou=weight_giou,
-    )
+    options: dict[str, Any] = {
+        "student_activation": student_activation,
+        "teacher_activation": teacher_activation,
+        "class_map": class_map,
+        "weight_class": weight_class,
+        "weight_bbox": weight_bbox,
+        "weight_giou": weight_giou,
+    }
     predictions = (student_logits, student_boxes, teacher_logits, teacher_boxes)
     if teacher_positive is None:
-        return _assign(cost, predictions, backend=backend)
+        solve = partial(linear_sum_assignment, backend=backend)
+        return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions, None)
     check_dtype("teacher_positive", teacher_positive, torch.bool)
     check_same_shape(
         "teacher_positive", teacher_positive.shape, "teacher_logits", teacher_logits.shape[:-1], "(..., M)"
     )
     check_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
-    positives = _assign(cost, predictions, column_mask=teacher_positive, backend=backend)
-    negatives = _assign(
-        partial(box_cost, weight_bbox=weight_bbox, weight_giou=weight_giou),
-        (student_boxes, teacher_boxes),
-        row_mask=positives < 0,
-        column_mask=~teacher_positive,
-        backend=backend,
-    )
+    solve = partial(_positives_first, backend=backend)
+    return _in_parts(solve, partial(distillation_costs, **options), predictions, teacher_positive)
+
+
+def _positives_first(cost: Tensor, by_box: Tensor, *, column_mask: Tensor, backend: str) -> Tensor:
+    """Match the columns in the mask by class and box, then the others by box, with the rows that are left."""
+    positives = linear_sum_assignment(cost, column_mask=column_mask, backend=backend)
+    negatives = linear_sum_assignment(by_box, row_mask=positives < 0, column_mask=~column_mask, backend=backend)
     return torch.where(positives >= 0, positives, negatives)
 
 
-def _assign(
-    cost: Callable[..., Tensor],
+def _in_parts(
+    solve: Callable[..., Tensor],
+    costs: Callable[..., Sequence[Tensor]],
     tensors: tuple[Tensor, ...],
-    *,
-    row_mask: Tensor | None = None,
-    column_mask: Tensor | None = None,
-    backend: str,
+    column_mask: Tensor | None,
 ) -> Tensor:
-    """Solve ``cost(*tensors)``, with the same leading dimensions everywhere, as many problems at a time as fit."""
+    """``solve(*costs(*tensors))``, all with the same leading dimensions, for as many problems at a time as fit."""
     *batch, rows, _ = tensors[0].shape
     entries = rows * tensors[-1].shape[-2]
     problems = math.prod(batch)
     on_cpu = tensors[0].device.type == "cpu"
     # A compiler fuses the temporaries away; a GPU has the memory, and is idle with few problems at a time.
     if problems * entries <= _BUILT_AT_ONCE or torch.compiler.is_compiling() or not on_cpu:
-        return linear_sum_assignment(cost(*tensors), row_mask=row_mask, column_mask=column_mask, backend=backend)
+        return solve(*costs(*tensors), column_mask=column_mask)
     flat = [tensor.reshape(problems, *tensor.shape[len(batch) :]) for tensor in tensors]
     assignments = []
     for solved in _slices(0, problems, _SOLVED_AT_ONCE // entries):
         blocks = _slices(solved.start, solved.stop, _BUILT_AT_ONCE // entries)
-        assignments.append(
-            linear_sum_assignment(
-                torch.cat([cost(*(tensor[block] for tensor in flat)) for block in blocks]),
-                row_mask=None if row_mask is None else row_mask.reshape(problems, -1)[solved],
-                column_mask=None if column_mask is None else column_mask.reshape(problems, -1)[solved],
-                backend=backend,
-            )
-        )
+        parts = [costs(*(tensor[block] for tensor in flat)) for block in blocks]
+        mask = None if column_mask is None else column_mask.reshape(problems, -1)[solved]
+        assignments.append(solve(*map(torch.cat, zip(*parts, strict=True)), column_mask=mask))
     return torch.cat(assignments).reshape(*batch, rows)
 
 
