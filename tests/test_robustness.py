@@ -1,11 +1,6 @@
-"""Bad days: bad numbers, odd tensors, other modes of torch, other processes."""
+"""Bad days: bad numbers, odd tensors, other modes of torch."""
 
 from __future__ import annotations
-
-import copy
-import multiprocessing
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,56 +8,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
-import soak
 from detr_kd_losses.assignment import BACKENDS, _cpu
-from detr_kd_losses.testing import strategies
+
+from batches import floating, loss_and_gradients, make_batch, make_output, over_tensors
 
 BACKEND_NAMES = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 1, 1))]
 PRESETS = ("official", "paper")
 NAN, INF = float("nan"), float("inf")
-
-
-def make_output(seed, *, images=2, stages=2, queries=5, classes=3, group=None, dtype=torch.float32, **kinds):
-    """A detector's outputs: all that the criterion can use."""
-    size = {"stages": stages, "images": images, "classes": classes, **kinds}
-    logits, boxes = strategies.make_predictions(queries=queries, seed=seed, **size)
-    (features,), (mask,) = strategies.make_feature_pyramid(
-        images=images, channels=4, height=3, width=4, padded=True, seed=seed
-    )
-    queries = strategies.make_logits((*boxes.shape[:-1], 4), seed=seed)
-    fields = [logits, boxes, queries, features]
-    if group is not None:
-        fields += strategies.make_predictions(queries=group, seed=seed + 1, **size)
-    logits, boxes, queries, features, *groups = (tensor.to(dtype) for tensor in fields)
-    return dkl.DetectorOutput(logits, boxes, queries, features, mask, *groups)
-
-
-def make_batch(images=2, teachers=6, targets=3, **options):
-    student = make_output(0, images=images, group=teachers, **options)
-    teacher = make_output(10, images=images, queries=teachers, **options)
-    truth = strategies.make_targets(images=images, targets=targets, classes=3, seed=20)
-    return student, teacher, truth._replace(boxes=truth.boxes.to(student.boxes.dtype))
-
-
-def over_tensors(function, output):
-    return type(output)(*(function(value) if isinstance(value, torch.Tensor) else value for value in output))
-
-
-def floating(function):
-    return lambda tensor: function(tensor) if tensor.is_floating_point() else tensor
-
-
-def loss_and_gradients(student, teacher, targets, preset="official", **options):
-    """All terms of the criterion, and the gradient of each of the student's tensors."""
-    criterion = dkl.DETRDistillationLoss(preset, **options)
-    leaves = over_tensors(floating(lambda tensor: tensor.detach().clone().requires_grad_()), student)
-    losses = criterion(leaves, teacher, targets)
-    sum(losses.values()).backward()
-    assert set(losses) >= {"loss_kd_class", "loss_kd_feature", "loss_kd_group_class"}
-    grads = {
-        name: getattr(leaves, name).grad for name in ("logits", "boxes", "features", "group_logits", "group_boxes")
-    }
-    return {name: loss.detach() for name, loss in losses.items()}, grads
 
 
 def assert_finite(*dicts):
@@ -362,94 +314,3 @@ def test_vmap_of_the_feature_loss(variant):
     assert_close(torch.func.vmap(loss)(students), torch.stack([loss(student) for student in students]))
     gradients = torch.stack([torch.func.grad(loss)(student) for student in students])
     assert_close(torch.func.vmap(torch.func.grad(loss))(students), gradients)
-
-
-# Modules and other processes
-
-MODULES = [
-    dkl.HungarianDistillationLoss(temperature=2.0, class_map=[1, 0, -1]),
-    dkl.DetectionLoss(class_loss="cross_entropy"),
-    dkl.TeacherAssignedQueryLoss(gamma=1.0),
-    dkl.TargetAwareFeatureLoss(3, 4),
-    dkl.DETRDistillationLoss("paper", student_channels=[3], teacher_channels=[4]),
-]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_modules_copy_and_pickle(duplicate, module):
-    other = duplicate(module)
-    assert repr(other) == repr(module)
-    assert_close(other.state_dict(), module.state_dict())
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_state_dict_round_trip(module, tmp_path):
-    torch.save(module.state_dict(), tmp_path / "loss.pt")
-    other = copy.deepcopy(module)
-    for parameter in other.parameters():
-        nn.init.zeros_(parameter)
-    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
-    assert_close(other.state_dict(), module.state_dict())
-    # Options are no state: checkpoints do not depend on them.
-    assert len(module.state_dict()) == len(list(module.parameters()))
-
-
-class LossPart(nn.Module):
-    """The part that a compiler may have: losses under given assignments."""
-
-    def forward(self, student_logits, student_boxes, teacher_logits, teacher_boxes, assignment, features, teacher):
-        terms = dkl.hungarian_distillation_loss(
-            student_logits, student_boxes, teacher_logits, teacher_boxes, assignment
-        )
-        quality = teacher_logits.sigmoid().amax(-1)
-        return sum(terms.values()) + dkl.target_aware_feature_loss(features, *teacher, quality)
-
-
-def test_export():
-    student, teacher, _ = make_batch()
-    predictions = (student.logits, student.boxes, teacher.logits, teacher.boxes)
-    assignment = dkl.match_teacher(*predictions)
-    arguments = (*predictions, assignment, student.features, (teacher.features, teacher.queries))
-    program = torch.export.export(LossPart(), arguments)
-    assert_close(program.module()(*arguments), LossPart()(*arguments))
-
-
-def in_a_worker(batch):
-    """What a worker of a data loader or a replica may do: match and distil."""
-    torch.set_num_threads(1)
-    return [float(loss) for loss in dkl.DETRDistillationLoss()(*batch).values()]
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers(method):
-    batch = make_batch()
-    expected = in_a_worker(batch)  # the parent has used the library before
-    plain = [tuple(None if tensor is None else tensor.tolist() for tensor in part) for part in batch]
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(worker_entry, (plain,)) == pytest.approx(expected, rel=1e-5)
-
-
-def worker_entry(plain):
-    """Rebuild the batch: tensors travel as numbers, so that no memory is shared."""
-    student, teacher, targets = (
-        tuple(None if value is None else torch.tensor(value) for value in part) for part in plain
-    )
-    return in_a_worker((dkl.DetectorOutput(*student), dkl.DetectorOutput(*teacher), dkl.Targets(*targets)))
-
-
-def test_threads():
-    batches = [make_batch(images=images) for images in (1, 2, 3, 4)] * 4
-    expected = [loss_and_gradients(*batch) for batch in batches]
-    with ThreadPoolExecutor(4) as pool:
-        actual = list(pool.map(lambda batch: loss_and_gradients(*batch), batches))
-    assert_close(actual, expected)
-
-
-def test_soak():
-    report = soak.soak(200)
-    assert report.shapes == 200
-    assert report.not_finite == 0
-    assert report.warnings == 0
-    assert report.tensor_growth == 0

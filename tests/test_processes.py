@@ -1,0 +1,106 @@
+"""Modules that are copied, saved and exported; other processes and threads; a long run."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import detr_kd_losses as dkl
+import soak
+
+from batches import loss_and_gradients, make_batch
+
+MODULES = [
+    dkl.HungarianDistillationLoss(temperature=2.0, class_map=[1, 0, -1]),
+    dkl.DetectionLoss(class_loss="cross_entropy"),
+    dkl.TeacherAssignedQueryLoss(gamma=1.0),
+    dkl.TargetAwareFeatureLoss(3, 4),
+    dkl.DETRDistillationLoss("paper", student_channels=[3], teacher_channels=[4]),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_modules_copy_and_pickle(duplicate, module):
+    other = duplicate(module)
+    assert repr(other) == repr(module)
+    assert_close(other.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+def test_state_dict_round_trip(module, tmp_path):
+    torch.save(module.state_dict(), tmp_path / "loss.pt")
+    other = copy.deepcopy(module)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    assert_close(other.state_dict(), module.state_dict())
+    # Options are no state: checkpoints do not depend on them.
+    assert len(module.state_dict()) == len(list(module.parameters()))
+
+
+class LossPart(nn.Module):
+    """The part that a compiler may have: losses under given assignments."""
+
+    def forward(self, student_logits, student_boxes, teacher_logits, teacher_boxes, assignment, features, teacher):
+        terms = dkl.hungarian_distillation_loss(
+            student_logits, student_boxes, teacher_logits, teacher_boxes, assignment
+        )
+        quality = teacher_logits.sigmoid().amax(-1)
+        return sum(terms.values()) + dkl.target_aware_feature_loss(features, *teacher, quality)
+
+
+def test_export():
+    student, teacher, _ = make_batch()
+    predictions = (student.logits, student.boxes, teacher.logits, teacher.boxes)
+    assignment = dkl.match_teacher(*predictions)
+    arguments = (*predictions, assignment, student.features, (teacher.features, teacher.queries))
+    program = torch.export.export(LossPart(), arguments)
+    assert_close(program.module()(*arguments), LossPart()(*arguments))
+
+
+def in_a_worker(batch):
+    """What a worker of a data loader or a replica may do: match and distil."""
+    torch.set_num_threads(1)
+    return [float(loss) for loss in dkl.DETRDistillationLoss()(*batch).values()]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers(method):
+    batch = make_batch()
+    expected = in_a_worker(batch)  # the parent has used the library before
+    plain = [tuple(None if tensor is None else tensor.tolist() for tensor in part) for part in batch]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(worker_entry, (plain,)) == pytest.approx(expected, rel=1e-5)
+
+
+def worker_entry(plain):
+    """Rebuild the batch: tensors travel as numbers, so that no memory is shared."""
+    student, teacher, targets = (
+        tuple(None if value is None else torch.tensor(value) for value in part) for part in plain
+    )
+    return in_a_worker((dkl.DetectorOutput(*student), dkl.DetectorOutput(*teacher), dkl.Targets(*targets)))
+
+
+def test_threads():
+    batches = [make_batch(images=images) for images in (1, 2, 3, 4)] * 4
+    expected = [loss_and_gradients(*batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda batch: loss_and_gradients(*batch), batches))
+    assert_close(actual, expected)
+
+
+def test_soak():
+    report = soak.soak(200)
+    assert report.shapes == 200
+    assert report.not_finite == 0
+    assert report.warnings == 0
+    assert report.tensor_growth == 0
