@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import plain
 import torch
@@ -40,6 +41,12 @@ class Case:
 
 
 DEFAULT = Case()
+# The feature loss: its options, and whether all teacher queries of a layer have a quality or one for each target.
+VARIANTS: dict[str, tuple[dict[str, str], bool]] = {
+    "official": ({"variant": "official"}, True),
+    "Eq. 9": ({"variant": "paper"}, True),
+    "default": ({"variant": "paper", "normalize": "max"}, False),
+}
 # One size varied at a time, the others as in the default case.
 GROWTH: dict[str, tuple[object, ...]] = {
     "images": (1, 2, 4),
@@ -138,18 +145,21 @@ def mask_flops(case: Case) -> dict[str, float]:
     return {"package": package, "plain": reference, "ratio": reference / package}
 
 
-def feature_loss(variant: str, case: Case, *, compiled: bool = False) -> Callable[[], None]:
-    """Forward and backward of the feature loss alone, for given qualities."""
+def feature_arguments(variant: str, case: Case) -> tuple[tuple[Any, ...], dict[str, str]]:
+    """Arguments and options of the feature loss, with qualities at random."""
     student, teacher, _ = make_step(case)
-    quality = torch.rand(case.layers, case.images, case.teacher_queries)
-    function = dkl.TargetAwareFeatureLoss(variant=variant)
+    options, dense = VARIANTS[variant]
+    queries = teacher.queries if dense else teacher.queries[:, :, : case.targets]
+    return (student.features, teacher.features, queries, torch.rand(queries.shape[:-1])), options
+
+
+def feature_loss(variant: str, case: Case, *, compiled: bool = False) -> Callable[[], None]:
+    """Forward and backward of the feature loss alone."""
+    arguments, options = feature_arguments(variant, case)
+    function = dkl.TargetAwareFeatureLoss(**options)
     if compiled:
         function = torch.compile(function, fullgraph=True)
-
-    def step() -> None:
-        function(student.features, teacher.features, teacher.queries, quality).backward()
-
-    return step
+    return lambda: function(*arguments).backward()
 
 
 def growth(variant: str, field: str, small: int, large: int) -> dict[str, float]:
@@ -187,12 +197,12 @@ def main() -> None:
     print(f"mask FLOPs: {results['mask_flops']['ratio']:.0f} times fewer")
     results["growth"] = {
         f"{variant} {field}": growth(variant, field, small, large)
-        for variant in ("official", "paper")
+        for variant in VARIANTS
         for field, small, large in (("layers", 1, 6), ("teacher_queries", 100, 900))
     }
     for what, row in results["growth"].items():
         print(f"feature loss, {what}: {row}")
-    results["compiled"] = {variant: compiled(variant) for variant in ("official", "paper")}
+    results["compiled"] = {variant: compiled(variant) for variant in VARIANTS}
     for what, row in results["compiled"].items():
         print(f"feature loss, {what}, ms: " + ", ".join(f"{name}: {ms:.0f}" for name, ms in row.items()))
     results["criterion_growth"] = {

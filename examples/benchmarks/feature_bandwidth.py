@@ -12,19 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from criterion import DEFAULT, Case, make_step
+from criterion import DEFAULT, VARIANTS, Case, feature_arguments
 from measure import milliseconds, save
 
 import detr_kd_losses as dkl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Name: options, and how many of the teacher's queries of a layer have a quality.
-VARIANTS: dict[str, tuple[dict[str, str], int]] = {
-    "official": ({"variant": "official"}, DEFAULT.teacher_queries),
-    "default": ({"variant": "paper", "normalize": "max"}, DEFAULT.targets),
-    "Eq. 9": ({"variant": "paper"}, DEFAULT.teacher_queries),
-}
 COPIED = {"cuda": 2**32, "cpu": 2**28}
 
 
@@ -37,15 +31,9 @@ def bandwidth(size: int) -> float:
 
 def make_loss(case: Case, dtype: torch.dtype, variant: str) -> tuple[Callable[[], object], int]:
     """Forward and backward of the loss, and the bytes of student, teacher and gradient."""
-    student, teacher, _ = make_step(case)
-    options, queries = VARIANTS[variant]
-    students, teachers = (
-        [level.detach().to(DEVICE, dtype) for level in output.features] for output in (student, teacher)
-    )
-    of_queries = (
-        teacher.queries[..., :queries, :].to(DEVICE),
-        torch.rand(*teacher.queries.shape[:2], queries, device=DEVICE),
-    )
+    (students, teachers, *of_queries), options = feature_arguments(variant, case)
+    students, teachers = ([level.detach().to(DEVICE, dtype) for level in levels] for levels in (students, teachers))
+    of_queries = [tensor.to(DEVICE) for tensor in of_queries]
     for level in students:
         level.requires_grad_()
 

@@ -77,18 +77,19 @@ def similarities(features: Tensor, summary: QuerySummary) -> Tensor:
         (L, B, H*W).
     """
     cells = features.flatten(2)
-    rows = summary.rows.to(torch.promote_types(summary.rows.dtype, features.dtype)).transpose(0, 1)
+    dtype = torch.promote_types(summary.rows.dtype, features.dtype)
+    rows = summary.rows.to(dtype).transpose(0, 1)
+    groups = [] if summary.quality is None else _groups_of_stages(rows, summary.quality.to(dtype).transpose(0, 1))
     maps = []
     with full_precision_matmul(features):
         for part in torch.split(cells, _cells_at_once(cells), -1):
-            part = part.to(rows.dtype)  # noqa: PLW2901
+            part = part.to(dtype)  # noqa: PLW2901
             if summary.kind == "directions":
                 maps.append(rows.squeeze(-2) @ part)
-            elif summary.quality is None:
+            elif summary.kind == "form":
                 maps.append(_quadratics(rows, part))
             else:
-                quality = summary.quality.to(rows.dtype).transpose(0, 1)
-                maps.append(_sums_of_squares(rows, quality.unsqueeze(-2), part))
+                maps.append(_sums_of_squares(groups, part))
     return torch.cat(maps, -1).transpose(0, 1)
 
 
@@ -101,17 +102,19 @@ def _quadratics(forms: Tensor, cells: Tensor) -> Tensor:
     return totals
 
 
-def _sums_of_squares(queries: Tensor, quality: Tensor, cells: Tensor) -> Tensor:
-    """sum_m q_m (Q_m . F)^2 (B, L, cells) for `queries` (B, L, M, D), `quality` (B, L, 1, M), `cells` (B, D, cells)."""
-    _, stages, num_queries, channels = queries.shape
-    # As many stages at a time as give products no larger than the features.
-    at_once = max(1, channels // max(1, num_queries))
-    sums = [cells.new_zeros((len(cells), 0, cells.shape[-1]))]
-    for first in range(0, stages, at_once):
-        some = slice(first, first + at_once)
-        part = queries[:, some]
-        products = (part.flatten(1, 2) @ cells).reshape(*part.shape[:3], cells.shape[-1])
-        sums.append((quality[:, some] @ products.square()).squeeze(-2))
+def _groups_of_stages(queries: Tensor, quality: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Queries (B, L M, D) and quality (B, L, 1, M) of as many stages as give products no larger than the features."""
+    at_once = max(1, queries.shape[-1] // max(1, queries.shape[-2]))
+    parts = zip(torch.split(queries, at_once, 1), torch.split(quality, at_once, 1), strict=True)
+    return [(some.flatten(1, 2), weights.unsqueeze(-2)) for some, weights in parts]
+
+
+def _sums_of_squares(groups: list[tuple[Tensor, Tensor]], cells: Tensor) -> Tensor:
+    """sum_m q_m (Q_m . F)^2 (B, L, cells) for the queries Q of all groups and `cells` F (B, D, cells)."""
+    sums = []
+    for queries, quality in groups:
+        products = (queries @ cells).reshape(*quality.shape[:2], quality.shape[-1], cells.shape[-1])
+        sums.append((quality @ products.mul_(products)).squeeze(-2))
     return torch.cat(sums, 1)
 
 
