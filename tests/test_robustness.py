@@ -303,6 +303,26 @@ def test_vmap_over_students():
 
 
 @pytest.mark.parametrize("variant", PRESETS)
+def test_jacobian_of_the_feature_loss(variant):
+    """Many gradients in one backward pass, each of another loss: those of the losses one by one."""
+    output, teacher = make_output(0), make_output(9)
+    quality = torch.ones(teacher.queries.shape[:-1])
+
+    def losses(features):
+        each = (
+            dkl.target_aware_feature_loss(features, teacher.features + shift, teacher.queries, quality, variant=variant)
+            for shift in (0.0, 0.5, 1.0)
+        )
+        return torch.stack(list(each))
+
+    features = output.features.clone().requires_grad_()
+    expected = torch.stack([torch.autograd.grad(losses(features)[index], features)[0] for index in range(3)])
+    assert_close(torch.func.jacrev(losses)(output.features), expected)
+    (batched,) = torch.autograd.grad(losses(features), features, torch.eye(3), is_grads_batched=True)
+    assert_close(batched, expected)
+
+
+@pytest.mark.parametrize("variant", PRESETS)
 def test_vmap_of_the_feature_loss(variant):
     students = torch.stack([make_output(seed).features for seed in range(3)])
     teacher = make_output(9)

@@ -25,8 +25,9 @@ def why_no_triton(name: str, tensor: Tensor, *, capability: tuple[int, int]) -> 
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func stands between `tensor` and its memory."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether a transform of torch.func, or a batch of gradients, stands between `tensor` and its memory."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def interprets() -> bool:

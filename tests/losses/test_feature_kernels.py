@@ -171,6 +171,21 @@ def test_vmap_over_students(interpreter):
     torch.testing.assert_close((losses, gradients), (expected_losses, expected_gradients))
 
 
+def batched_gradients(student, teacher, queries, quality):
+    launches = count_launches()
+    student = student.detach().requires_grad_()
+    loss = target_aware_feature_loss(student, teacher, queries, quality)
+    return torch.autograd.grad(loss, student, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0], launches
+
+
+def test_a_batch_of_gradients(interpreter):
+    case = make_case(SHAPES[0], (2, 6))
+    gradients, launches = interpreter.submit(batched_gradients, *case[:4]).result(timeout=300)
+    assert launches == {"compare_cells": 1, "scale_difference": 0}
+    _, expected, _ = loss_and_gradient(*case)
+    torch.testing.assert_close(gradients, torch.stack([expected, 2 * expected]))
+
+
 def launch(dtype, layout, summary):
     from detr_kd_losses.losses._feature_kernels import compare_cells, scale_difference
 

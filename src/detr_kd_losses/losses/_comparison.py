@@ -111,7 +111,10 @@ def _blocks(features: Tensor) -> list[tuple[slice, slice]]:
 def _scale_difference(student: Tensor, teacher: Tensor, valid: Tensor | None, factor: Tensor) -> Tensor:
     """`factor` (B, H*W) times student minus teacher (B, D, H, W), in the dtype of the student."""
     students, teachers = shared_precision(student, teacher)
-    difference = (students - teachers).mul_(factor.reshape(len(student), 1, *student.shape[2:]))
+    difference, factor = students - teachers, factor.reshape(len(student), 1, *student.shape[2:])
+    # In place, for a second map takes longer to allocate than to fill. Many factors at once are larger than one map.
+    many = not torch.compiler.is_compiling() and is_wrapped(factor)
+    difference = difference * factor if many else difference.mul_(factor)
     if valid is not None:
         difference.masked_fill_(~valid.unsqueeze(1), 0.0)
     return difference.to(student.dtype)
