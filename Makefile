@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q tests/test_docs.py --doctest-modules src
+	$(BIN)/python -m pytest -q tests/project/test_docs.py --doctest-modules src
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/assignment.py

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from gpu_stand_in import Compiler, interpreting_process
+from support.gpu_stand_in import Compiler, interpreting_process
 
 # Tests are many small operations: a second thread would only wait for the first.
 torch.set_num_threads(1)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from criterion import DEFAULT, VARIANTS, Case, feature_arguments
 from measure import milliseconds, save
 
 import detr_kd_losses as dkl
+from criterion import DEFAULT, VARIANTS, Case, feature_arguments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from criterion import Case, make_step
 from measure import save
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import detr_kd_losses as dkl
+from criterion import Case, make_step
 from hf_transformers.adapter import Tap
 
 Image = tuple[int, int]

@@ -9,7 +9,7 @@ import torch
 import detr_kd_losses as dkl
 from detr_kd_losses.assignment import BACKENDS
 
-import oracles
+from support import oracles
 
 BACKEND_NAMES = [
     pytest.param(

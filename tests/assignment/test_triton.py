@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from detr_kd_losses.assignment._triton import TritonBackend
 
-from scratch_races import find_races
+from support.scratch_races import find_races
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_cuda = pytest.mark.skipif(

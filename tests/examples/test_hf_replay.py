@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
-from examples import zoo
 from hf_transformers.adapter import Tap
+
+from support import zoo
 
 FAMILIES = list(zoo.FAMILIES)
 WITHOUT_PROJECTIONS = ("d_fine", "deimv2")

@@ -18,11 +18,12 @@ import transformers
 
 import detr_kd_losses as dkl
 from detr_kd_losses.schedules import stop_after
-from examples import zoo
-from examples.two_processes import replica, step_of_gradient_descent
 from hf_transformers.coco_shapes import CLASSES, CocoDetection, collate, make_shapes
 from hf_transformers.train import rt_detr, training_arguments
 from hf_transformers.trainer import DistillationTrainer
+
+from support import zoo
+from support.two_processes import replica, step_of_gradient_descent
 
 TERMS = {f"loss_kd_{prefix}{term}" for prefix in ("", "group_") for term in ("class", "bbox", "giou")}
 TERMS |= {"loss_kd_feature"}

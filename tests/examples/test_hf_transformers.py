@@ -15,8 +15,9 @@ pytest.importorskip("transformers", reason="the Hugging Face adapter needs trans
 
 
 import detr_kd_losses as dkl
-from examples import zoo
 from hf_transformers.adapter import QueryGroup, QueryProjection, Tap, distillation_loss
+
+from support import zoo
 
 FAMILIES = list(zoo.FAMILIES)
 GROUP_DETR = ("lw_detr", "rf_detr")

@@ -15,8 +15,9 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from examples import zoo
 from hf_transformers.coco_shapes import collate
+
+from support import zoo
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning has advice on loggers, workers and devices
 

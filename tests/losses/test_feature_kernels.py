@@ -11,8 +11,8 @@ from detr_kd_losses import target_aware_feature_loss
 from detr_kd_losses.losses import _comparison
 from detr_kd_losses.losses._similarity import summarize_queries
 
-import oracles
-from tolerances import assert_close
+from support import oracles
+from support.tolerances import assert_close
 
 needs_cuda = pytest.mark.skipif(
     find_spec("triton") is None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"

@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from detr_kd_losses import query_quality, target_aware_feature_loss, target_aware_mask
 
-import cases
-import oracles
-from comparisons import (
+from support import cases, oracles
+from support.comparisons import (
     assert_agrees_with_oracle,
     assert_rejects,
     assert_same_evaluation,
@@ -23,7 +22,7 @@ from comparisons import (
     to_meta,
     to_tensors,
 )
-from tolerances import TOLERANCES, assert_close
+from support.tolerances import TOLERANCES, assert_close
 
 STUDENT = ("student_features",)
 OPTIONS = [

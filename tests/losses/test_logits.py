@@ -8,9 +8,8 @@ import torch
 
 import detr_kd_losses as dkl
 
-import cases
-import oracles
-from comparisons import (
+from support import cases, oracles
+from support.comparisons import (
     assert_agrees_with_oracle,
     assert_rejects,
     assert_same_evaluation,
@@ -18,7 +17,7 @@ from comparisons import (
     to_meta,
     to_tensors,
 )
-from tolerances import TOLERANCES
+from support.tolerances import TOLERANCES
 
 STUDENT = ("student_logits", "student_boxes")
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import detr_kd_losses as dkl
 
-import cases
-from comparisons import evaluate, to_tensors
-from tolerances import assert_close
+from support import cases
+from support.comparisons import evaluate, to_tensors
+from support.tolerances import assert_close
 
 
 class Loss(NamedTuple):

@@ -8,10 +8,9 @@ import torch
 
 from detr_kd_losses import match_targets, query_group_attention_mask, select_stages, teacher_assigned_query_loss
 
-import cases
-import oracles
-from comparisons import assert_agrees_with_oracle, assert_rejects, assert_same_evaluation, to_meta, to_tensors
-from tolerances import TOLERANCES, assert_close
+from support import cases, oracles
+from support.comparisons import assert_agrees_with_oracle, assert_rejects, assert_same_evaluation, to_meta, to_tensors
+from support.tolerances import TOLERANCES, assert_close
 
 GROUP = ("group_logits", "group_boxes")
 HEADS = {"focal": "sigmoid", "cross_entropy": "softmax"}

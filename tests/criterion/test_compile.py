@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 
-from test_criterion import leaves, make_output, make_targets
+from support.steps import leaves, make_output, make_targets
 
 # The compiler itself instantiates every autograd.Function that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("transformers", reason="the cost table is counted on detectors of transformers")
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 FAMILIES = ("Deformable DETR", "Conditional DETR")
 WIDTH, DECODER_LAYERS = 32, 3
 TINY = {

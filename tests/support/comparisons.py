@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracles
-from cases import Case
-from tolerances import assert_close
+from support import oracles
+from support.cases import Case
+from support.tolerances import assert_close
 
 Gradients = dict[str, list[Tensor | None]]
 

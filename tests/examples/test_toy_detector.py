@@ -12,7 +12,7 @@ from torch import Tensor
 
 import detr_kd_losses as dkl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "toy_detector"))  # the demo runs as a script there
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "toy_detector"))  # the demo runs as a script there
 
 import draw
 import runs

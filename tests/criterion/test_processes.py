@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import detr_kd_losses as dkl
 import soak
 
-from batches import loss_and_gradients, make_batch
+from support.batches import loss_and_gradients, make_batch
 
 MODULES = [
     dkl.HungarianDistillationLoss(temperature=2.0, class_map=[1, 0, -1]),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import detr_kd_losses as dkl
-from examples import zoo
+
+from support import zoo
 
 IMAGES = 4
 

@@ -7,10 +7,9 @@ import torch
 
 from detr_kd_losses import detection_cost, distillation_cost
 
-import cases
-import oracles
-from comparisons import assert_rejects, to_meta, to_tensors
-from tolerances import TOLERANCES, assert_close
+from support import cases, oracles
+from support.comparisons import assert_rejects, to_meta, to_tensors
+from support.tolerances import TOLERANCES, assert_close
 
 
 def detection_case(**sizes):

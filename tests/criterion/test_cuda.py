@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 import detr_kd_losses as dkl
 
-from test_criterion import leaves, make_output, make_targets
+from support.steps import leaves, make_output, make_targets
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"

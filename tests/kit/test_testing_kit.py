@@ -17,8 +17,8 @@ from detr_kd_losses import testing
 from detr_kd_losses.testing import strategies
 from detr_kd_losses.testing.replicas import run_replicas
 
-import oracles
-from edits import edited
+from support import oracles
+from support.edits import edited
 
 
 def naive_loss(

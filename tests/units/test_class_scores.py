@@ -8,10 +8,9 @@ import torch
 
 from detr_kd_losses import map_class_logits
 
-import cases
-import oracles
-from comparisons import assert_rejects, to_meta
-from tolerances import TOLERANCES, assert_close
+from support import cases, oracles
+from support.comparisons import assert_rejects, to_meta
+from support.tolerances import TOLERANCES, assert_close
 
 CLASS_MAPS = [class_map for class_map in cases.CLASS_MAPS.values() if class_map is not None] + [[2, 0, 3, 1]]
 

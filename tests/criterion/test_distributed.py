@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 
-from test_criterion import leaves, make_output, make_targets
+from support.steps import leaves, make_output, make_targets
 
 WORLD_SIZE = 2
 STUDENT_HEADS = {"sigmoid": 5, "softmax": 6}

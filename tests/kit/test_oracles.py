@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-import oracles
-from oracles import autodiff
+from support import oracles
+from support.oracles import autodiff
 
 LEFT, RIGHT = [0.5, 0.5, 0.4, 0.4], [0.7, 0.5, 0.4, 0.4]  # IoU = GIoU = 1 / 3, L1 = 0.2
 CORNER, FAR = [0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]  # IoU = 0, GIoU = 0.08 / 0.36 - 1

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 
-import oracles
-from oracles import pairwise
-from tolerances import TOLERANCES
+from support import oracles
+from support.oracles import pairwise
+from support.tolerances import TOLERANCES
 
 FAMILIES = {
     "ordinary": lambda rng: np.concatenate([rng.uniform(0.2, 0.8, (6, 2)), rng.uniform(0.05, 0.4, (6, 2))], -1),

@@ -25,7 +25,7 @@ from detr_kd_losses.testing.cases import (
     make_feature_arguments,
 )
 
-import oracles
+from support import oracles
 
 
 class Mutant(NamedTuple):

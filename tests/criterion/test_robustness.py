@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import detr_kd_losses as dkl
 from detr_kd_losses.assignment import BACKENDS, _cpu
 
-from batches import floating, loss_and_gradients, make_batch, make_output, over_tensors
+from support.batches import floating, loss_and_gradients, make_batch, make_output, over_tensors
 
 BACKEND_NAMES = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 1, 1))]
 PRESETS = ("official", "paper")

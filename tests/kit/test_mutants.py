@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edits import edit, edited
-from mutants import MUTANTS
+from support.edits import edit, edited
+from support.mutants import MUTANTS
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])

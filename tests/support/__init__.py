@@ -1,0 +1,1 @@
+"""What the tests share: oracles, cases, steps, comparisons, deliberate faults, stand-ins."""
