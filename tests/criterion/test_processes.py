@@ -16,17 +16,16 @@ import detr_kd_losses as dkl
 import soak
 
 from support.batches import loss_and_gradients, make_batch
+from support.registry import TRIALS
 
-MODULES = [
-    dkl.HungarianDistillationLoss(temperature=2.0, class_map=[1, 0, -1]),
-    dkl.DetectionLoss(class_loss="cross_entropy"),
-    dkl.TeacherAssignedQueryLoss(gamma=1.0),
-    dkl.TargetAwareFeatureLoss(3, 4),
-    dkl.DETRDistillationLoss("paper", student_channels=[3], teacher_channels=[4]),
-]
+MODULES = {
+    **{name: loss.module(**trial.options) for name, (loss, trial) in TRIALS.items()},
+    "features, projected": dkl.TargetAwareFeatureLoss(3, 4),
+    "criterion, projected": dkl.DETRDistillationLoss("paper", student_channels=[3], teacher_channels=[4]),
+}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_modules_copy_and_pickle(duplicate, module):
     other = duplicate(module)
@@ -34,7 +33,7 @@ def test_modules_copy_and_pickle(duplicate, module):
     assert_close(other.state_dict(), module.state_dict())
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_state_dict_round_trip(module, tmp_path):
     torch.save(module.state_dict(), tmp_path / "loss.pt")
     other = copy.deepcopy(module)

@@ -11,9 +11,7 @@ import detr_kd_losses as dkl
 from detr_kd_losses import testing
 from detr_kd_losses.assignment import BACKENDS, _cpu
 
-# Laws that an option gives up by its meaning: a cross-entropy has the teacher's entropy as its least value, and so has
-# a student whose head cannot say what the teacher's does.
-NOT_ZERO = ("zero_at_teacher", "zero_at_empty_boxes")
+from support.registry import LOSSES
 
 
 def applied(laws, function, *skipped, **options):
@@ -26,48 +24,13 @@ def applied(laws, function, *skipped, **options):
     ]
 
 
-def of_other_heads(**options):
-    """The distillation loss between heads of which the sigmoid one has a channel less."""
-
-    def loss(student_logits, student_boxes, teacher_logits, *others, **more):
-        if options["student_activation"] == "softmax":
-            teacher_logits = teacher_logits[..., :-1]
-        else:
-            student_logits = student_logits[..., :-1]
-        return dkl.hungarian_distillation_loss(
-            student_logits, student_boxes, teacher_logits, *others, **options, **more
-        )
-
-    loss.__name__ = " to ".join([options["teacher_activation"], options["student_activation"]])
-    return loss
-
-
-distillation = partial(applied, testing.HUNGARIAN_DISTILLATION_LAWS)
-detection = partial(applied, testing.DETECTION_LAWS)
-features = partial(applied, testing.FEATURE_LAWS)
-
-
 @pytest.mark.parametrize(
     ("law", "loss"),
     [
-        *distillation(dkl.hungarian_distillation_loss),
-        *distillation(dkl.hungarian_distillation_loss, *NOT_ZERO, class_loss="bce"),
-        *distillation(
-            dkl.hungarian_distillation_loss, student_activation="softmax", teacher_activation="softmax", temperature=2.0
-        ),
-        *distillation(of_other_heads(student_activation="softmax", teacher_activation="sigmoid"), *NOT_ZERO),
-        *distillation(of_other_heads(student_activation="sigmoid", teacher_activation="softmax"), *NOT_ZERO),
-        *distillation(
-            dkl.hungarian_distillation_loss, "negatives_by_box", weight_negative=0.5, weight_negative_class=0.3
-        ),
-        *detection(dkl.detection_loss),
-        *detection(dkl.detection_loss, class_loss="cross_entropy"),
-        *detection(dkl.teacher_assigned_query_loss),
-        *features(dkl.target_aware_feature_loss),
-        *features(dkl.target_aware_feature_loss, variant="official"),
-        *features(dkl.target_aware_feature_loss, normalize="max"),
-        *features(dkl.target_aware_feature_loss, normalize="mean"),
-        *features(dkl.target_aware_feature_loss, variant="official", normalize="mean"),
+        case
+        for loss in LOSSES.values()
+        for held in loss.held_to
+        for case in applied(loss.laws, held.adapted, *held.given_up, **held.options)
     ],
 )
 def test_a_loss_obeys(law, loss):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import numpy as np
 import pytest
 import torch
@@ -13,70 +10,17 @@ import torch.nn.functional as F
 import detr_kd_losses as dkl
 
 from support import cases
-from support.comparisons import evaluate, to_tensors
-from support.tolerances import assert_close
+from support.comparisons import assert_agrees_with_oracle, evaluate, to_tensors
+from support.registry import TRIALS
+from support.tolerances import TOLERANCES, assert_close
+
+every_loss = pytest.mark.parametrize(("loss", "trial"), TRIALS.values(), ids=TRIALS)
 
 
-class Loss(NamedTuple):
-    function: Callable
-    module: type[torch.nn.Module]
-    case: cases.Case
-    wrt: tuple[str, ...]
-    options: dict[str, Any]
-
-
-def distillation(**options: Any) -> Loss:
-    heads = {name: value for name, value in options.items() if name.endswith("activation") or name == "class_map"}
-    return Loss(
-        dkl.hungarian_distillation_loss,
-        dkl.HungarianDistillationLoss,
-        cases.distillation(students=4, teachers=4, **heads),
-        ("student_logits", "student_boxes"),
-        {"weight_negative_class": 0.5, **options},
-    )
-
-
-def detection(activation: str, **options: Any) -> Loss:
-    case = cases.detection(activation=activation)
-    return Loss(dkl.detection_loss, dkl.DetectionLoss, case, ("logits", "boxes"), options)
-
-
-def query_group(**options: Any) -> Loss:
-    return Loss(
-        dkl.teacher_assigned_query_loss,
-        dkl.TeacherAssignedQueryLoss,
-        cases.of_teacher(cases.detection(), "group"),
-        ("group_logits", "group_boxes"),
-        options,
-    )
-
-
-def features(**options: Any) -> Loss:
-    return Loss(
-        dkl.target_aware_feature_loss,
-        dkl.TargetAwareFeatureLoss,
-        cases.features(),
-        ("student_features",),
-        options,
-    )
-
-
-SOFTMAX = {"student_activation": "softmax", "teacher_activation": "softmax"}
-LOSSES = {
-    "distillation, kl": distillation(temperature=2.0, weight_negative=0.3),
-    "distillation, bce": distillation(class_loss="bce", weight_bbox=1.0, weight_giou=0.5),
-    "distillation, softmax": distillation(**SOFTMAX, temperature=0.5),
-    "distillation, crossed": distillation(student_activation="softmax", weight_class=0.3),
-    "distillation, class map": distillation(teacher_activation="softmax", class_map=[3, 0, -1]),
-    "detection, focal": detection("sigmoid", alpha=0.4, gamma=1.5, weight_class=2.0),
-    "detection, cross-entropy": detection("softmax", class_loss="cross_entropy", no_object_weight=0.3),
-    "query group": query_group(weight_giou=1.0),
-    "features, paper": features(),
-    "features, mean": features(normalize="mean"),
-    "features, official": features(variant="official", normalize="queries"),
-}
-
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@every_loss
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_agrees_with_the_oracle_of_its_name(loss, trial, dtype):
+    assert_agrees_with_oracle(loss.function, loss.oracle, trial.case, dtype, wrt=loss.wrt, **trial.options)
 
 
 def flat(values):
@@ -84,8 +28,8 @@ def flat(values):
 
 
 @every_loss
-def test_gradcheck(loss):
-    arguments = to_tensors(loss.case)
+def test_gradcheck(loss, trial):
+    arguments = to_tensors(trial.case)
     inputs = flat(arguments[name] for name in loss.wrt)
 
     def function(*leaves):
@@ -94,7 +38,7 @@ def test_gradcheck(loss):
             name: [next(rest) for _ in arguments[name]] if isinstance(arguments[name], list) else next(rest)
             for name in loss.wrt
         }
-        terms = loss.function(**{**arguments, **replaced}, **loss.options)
+        terms = loss.function(**{**arguments, **replaced}, **trial.options)
         return tuple(terms.values()) if isinstance(terms, dict) else terms
 
     assert torch.autograd.gradcheck(function, inputs)
@@ -102,8 +46,8 @@ def test_gradcheck(loss):
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(loss, dtype):
-    arguments = to_tensors(loss.case, dtype)
+def test_half_precision_is_computed_in_float32(loss, trial, dtype):
+    arguments = to_tensors(trial.case, dtype)
     rounded = to_tensors(
         {
             name: [x.detach().double().numpy() if x.is_floating_point() else x.numpy() for x in value]
@@ -113,8 +57,8 @@ def test_half_precision_is_computed_in_float32(loss, dtype):
         },
         torch.float32,
     )
-    terms, gradients = evaluate(loss.function, arguments, **loss.options)
-    expected_terms, expected_gradients = evaluate(loss.function, rounded, **loss.options)
+    terms, gradients = evaluate(loss.function, arguments, **trial.options)
+    expected_terms, expected_gradients = evaluate(loss.function, rounded, **trial.options)
     assert all(term.dtype == torch.float32 for term in terms.values())
     torch.testing.assert_close(terms, expected_terms, rtol=0, atol=0)
     for name in loss.wrt:
@@ -123,31 +67,31 @@ def test_half_precision_is_computed_in_float32(loss, dtype):
 
 
 @every_loss
-def test_module_is_the_function(loss):
+def test_module_is_the_function(loss, trial):
     """By the options that it is made with, and by those that are set later."""
-    terms, gradients = evaluate(loss.function, to_tensors(loss.case), **loss.options)
+    terms, gradients = evaluate(loss.function, to_tensors(trial.case), **trial.options)
     changed = loss.module()
-    for name, value in loss.options.items():
+    for name, value in trial.options.items():
         setattr(changed, name, torch.tensor(value) if name == "class_map" else value)
-    for module in (loss.module(**loss.options), changed):
-        module_terms, module_gradients = evaluate(module, to_tensors(loss.case))
+    for module in (loss.module(**trial.options), changed):
+        module_terms, module_gradients = evaluate(module, to_tensors(trial.case))
         torch.testing.assert_close(module_terms, terms, rtol=0, atol=0)
         for name in loss.wrt:
             torch.testing.assert_close(module_gradients[name], gradients[name], rtol=0, atol=0)
 
 
 @every_loss
-def test_module_shows_its_options(loss):
-    shown = repr(loss.module(**loss.options))
-    for name, value in loss.options.items():
+def test_module_shows_its_options(loss, trial):
+    shown = repr(loss.module(**trial.options))
+    for name, value in trial.options.items():
         assert f"{name}=" in shown
         assert name == "class_map" or f"{name}={value!r}" in shown
 
 
 @every_loss
-def test_options_are_keyword_only(loss):
+def test_options_are_keyword_only(loss, trial):
     with pytest.raises(TypeError, match="positional"):
-        loss.function(*to_tensors(loss.case).values(), "an option")
+        loss.function(*to_tensors(trial.case).values(), "an option")
     with pytest.raises(TypeError, match="unexpected keyword"):
         loss.module(an_option=1)
 

@@ -12,12 +12,8 @@ import pytest
 
 import detr_kd_losses as dkl
 
-PAIRS = {
-    dkl.hungarian_distillation_loss: dkl.HungarianDistillationLoss,
-    dkl.target_aware_feature_loss: dkl.TargetAwareFeatureLoss,
-    dkl.detection_loss: dkl.DetectionLoss,
-    dkl.teacher_assigned_query_loss: dkl.TeacherAssignedQueryLoss,
-}
+from support.registry import LOSSES
+
 # Keyword arguments of the functions that are data, not options: the forward of the Module takes them.
 DATA = {"teacher_positive", "padding_mask"}
 # What a Module owns beyond the options of its function.
@@ -34,9 +30,9 @@ def test_all_is_sorted_and_complete():
     assert public == set(dkl.__all__)
 
 
-@pytest.mark.parametrize("function", PAIRS, ids=lambda f: f.__name__)
-def test_function_and_module_have_the_same_options_and_defaults(function):
-    module = PAIRS[function]
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_function_and_module_have_the_same_options_and_defaults(loss):
+    function, module = loss.function, loss.module
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = {name: (p.default, p.annotation) for name, p in parameters(function, keyword).items() if name not in DATA}
     of_module = {name: (p.default, p.annotation) for name, p in inspect.signature(module).parameters.items()}

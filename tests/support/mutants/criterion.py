@@ -1,0 +1,49 @@
+"""Faults in the criterion."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+import detr_kd_losses as dkl
+from detr_kd_losses import testing
+from detr_kd_losses.testing.cases import group_outputs, make_criterion_arguments
+
+from support.mutants.mutant import faults, law
+
+criterion = partial(law, testing.CRITERION_LAWS, dkl.DETRDistillationLoss())
+
+ARGUMENTS = make_criterion_arguments(stages=2, images=2, classes=3, students=5, teachers=6, targets=4)
+
+
+def group_follows_teacher(max_examples):
+    """The query group learns the teacher's assignment, whatever its own predictions are."""
+    student, teacher, truth = group_outputs(ARGUMENTS.tensors)
+    terms = dkl.DETRDistillationLoss(weight_logits=0, weight_feature=0)(student, teacher, truth)
+    assignment = dkl.match_targets(teacher.logits, teacher.boxes, *truth)
+    own = dkl.teacher_assigned_query_loss(student.group_logits, student.group_boxes, *truth, assignment)
+    for name, value in own.items():
+        torch.testing.assert_close(terms[name.replace("loss_", "loss_kd_group_")], value)
+
+
+MUTANTS = [
+    *faults(
+        dkl.DETRDistillationLoss._query_group_loss,
+        (
+            "the group is matched afresh",
+            "(logits, boxes, *targets, assignment)",
+            "(logits, boxes, *targets, match_targets(logits, boxes, *targets))",
+            group_follows_teacher,
+        ),
+    ),
+    *faults(
+        dkl.DETRDistillationLoss._feature_loss,
+        (
+            "padding of the features is forgotten",
+            "padding_mask=padding_mask",
+            "padding_mask=None",
+            criterion("cell_padding"),
+        ),
+    ),
+]

@@ -1,0 +1,164 @@
+"""Every public loss with all that it owes: what the tests try, compare and hold to laws is read from here.
+
+A new loss is one entry in `LOSSES`. Its oracle is found by its name in `support.oracles`; its mutants are in
+`support.mutants`; its row is in the README. `tests/project/test_completeness.py` says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+import detr_kd_losses as dkl
+from detr_kd_losses import testing
+
+from support import cases, oracles
+
+
+class Trial(NamedTuple):
+    """A case and the options to try on it."""
+
+    case: cases.Case
+    options: dict[str, Any]
+
+
+class HeldTo(NamedTuple):
+    """The loss with these options obeys all laws but those that the options give up by their meaning.
+
+    `adapted` is the loss itself, or the loss with what the options need done to its arguments first.
+    """
+
+    adapted: Callable
+    options: dict[str, Any]
+    given_up: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A public loss function with what the tests need of it.
+
+    `wrt` are the arguments that get a gradient, `oracle_names` the arguments that its oracle calls by another name.
+    """
+
+    function: Callable
+    module: type[nn.Module] | None = None
+    wrt: tuple[str, ...] = ()
+    trials: Mapping[str, Trial] = field(default_factory=dict)
+    laws: Mapping[str, testing.Law] = field(default_factory=dict)
+    held_to: Sequence[HeldTo] = ()
+    oracle_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def oracle(self, **arguments: Any) -> Any:
+        """The oracle of the same name, called by the arguments of the loss."""
+        renamed = {self.oracle_names.get(name, name): value for name, value in arguments.items()}
+        return getattr(oracles, self.name)(**renamed)
+
+
+SOFTMAX = {"student_activation": "softmax", "teacher_activation": "softmax"}
+# What a cross-entropy gives up, which has the teacher's entropy as its least value, and so does a student whose head
+# cannot say what the teacher's does.
+NOT_ZERO = ("zero_at_teacher", "zero_at_empty_boxes")
+
+
+def distillation_trial(**options: Any) -> Trial:
+    heads = {name: value for name, value in options.items() if name.endswith("activation") or name == "class_map"}
+    case = cases.distillation(students=4, teachers=4, **heads)
+    return Trial(case, {"weight_negative_class": 0.5, **options})
+
+
+def between_other_heads(**options: Any) -> HeldTo:
+    """The distillation loss between heads of which the sigmoid one has a channel less."""
+
+    def loss(student_logits, student_boxes, teacher_logits, *others, **more):
+        if more["student_activation"] == "softmax":
+            teacher_logits = teacher_logits[..., :-1]
+        else:
+            student_logits = student_logits[..., :-1]
+        return dkl.hungarian_distillation_loss(student_logits, student_boxes, teacher_logits, *others, **more)
+
+    loss.__name__ = dkl.hungarian_distillation_loss.__name__
+    return HeldTo(loss, options, NOT_ZERO)
+
+
+HUNGARIAN_DISTILLATION = Loss(
+    dkl.hungarian_distillation_loss,
+    dkl.HungarianDistillationLoss,
+    wrt=("student_logits", "student_boxes"),
+    trials={
+        "distillation, kl": distillation_trial(temperature=2.0, weight_negative=0.3),
+        "distillation, bce": distillation_trial(class_loss="bce", weight_bbox=1.0, weight_giou=0.5),
+        "distillation, softmax": distillation_trial(**SOFTMAX, temperature=0.5),
+        "distillation, crossed": distillation_trial(student_activation="softmax", weight_class=0.3),
+        "distillation, class map": distillation_trial(teacher_activation="softmax", class_map=[3, 0, -1]),
+        "distillation, class map, temperature": distillation_trial(class_map=[1, 0, -1], temperature=2.0),
+    },
+    laws=testing.HUNGARIAN_DISTILLATION_LAWS,
+    held_to=(
+        HeldTo(dkl.hungarian_distillation_loss, {}),
+        HeldTo(dkl.hungarian_distillation_loss, {"class_loss": "bce"}, NOT_ZERO),
+        HeldTo(dkl.hungarian_distillation_loss, {**SOFTMAX, "temperature": 2.0}),
+        between_other_heads(student_activation="softmax", teacher_activation="sigmoid"),
+        between_other_heads(student_activation="sigmoid", teacher_activation="softmax"),
+        HeldTo(
+            dkl.hungarian_distillation_loss,
+            {"weight_negative": 0.5, "weight_negative_class": 0.3},
+            given_up=("negatives_by_box",),
+        ),
+    ),
+)
+
+DETECTION = Loss(
+    dkl.detection_loss,
+    dkl.DetectionLoss,
+    wrt=("logits", "boxes"),
+    trials={
+        "detection, focal": Trial(cases.detection(), {"alpha": 0.4, "gamma": 1.5, "weight_class": 2.0}),
+        "detection, cross-entropy": Trial(
+            cases.detection(activation="softmax"), {"class_loss": "cross_entropy", "no_object_weight": 0.3}
+        ),
+    },
+    laws=testing.DETECTION_LAWS,
+    held_to=(HeldTo(dkl.detection_loss, {}), HeldTo(dkl.detection_loss, {"class_loss": "cross_entropy"})),
+)
+
+QUERY_GROUP = Loss(
+    dkl.teacher_assigned_query_loss,
+    dkl.TeacherAssignedQueryLoss,
+    wrt=("group_logits", "group_boxes"),
+    trials={
+        "query group": Trial(cases.of_teacher(cases.detection(), "group"), {"gamma": 1.0, "weight_giou": 1.0}),
+    },
+    laws=testing.DETECTION_LAWS,
+    held_to=(HeldTo(dkl.teacher_assigned_query_loss, {}),),
+    oracle_names={"group_logits": "logits", "group_boxes": "boxes", "teacher_assignment": "assignment"},
+)
+
+FEATURES = Loss(
+    dkl.target_aware_feature_loss,
+    dkl.TargetAwareFeatureLoss,
+    wrt=("student_features",),
+    trials={
+        "features, paper": Trial(cases.features(), {}),
+        "features, mean": Trial(cases.features(), {"normalize": "mean"}),
+        "features, official": Trial(cases.features(), {"variant": "official", "normalize": "queries"}),
+    },
+    laws=testing.FEATURE_LAWS,
+    held_to=(
+        HeldTo(dkl.target_aware_feature_loss, {}),
+        HeldTo(dkl.target_aware_feature_loss, {"variant": "official"}),
+        HeldTo(dkl.target_aware_feature_loss, {"normalize": "max"}),
+        HeldTo(dkl.target_aware_feature_loss, {"normalize": "mean"}),
+        HeldTo(dkl.target_aware_feature_loss, {"variant": "official", "normalize": "mean"}),
+    ),
+)
+
+LOSSES = {loss.name: loss for loss in (HUNGARIAN_DISTILLATION, DETECTION, QUERY_GROUP, FEATURES)}
+# Every trial of every loss, by the name of the trial.
+TRIALS = {name: (loss, trial) for loss in LOSSES.values() for name, trial in loss.trials.items()}
