@@ -1,6 +1,6 @@
 """Thousands of distillation steps, each of another shape: memory that grows, numbers that are none, warnings.
 
-    python examples/soak.py --steps 10000
+    python examples/soak.py --steps 10000              # with the extra `testing`
 
 A step draws sizes, heads, preset and precision, a share of edge cases (saturated logits, boxes without area, images
 without targets), computes the student's detection loss and all distillation losses, and runs backward.
@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import detr_kd_losses as dkl
+from detr_kd_losses.testing.steps import make_step
 
 CHANNELS = 8
+# Now and then saturated; now and then without area.
+LOGITS = ("generic", "generic", "tied", "saturated")
+BOXES = ("generic", "generic", "touching", "degenerate")
 
 
 class Report(NamedTuple):
@@ -79,16 +84,26 @@ def step(rng: random.Random) -> tuple[tuple[int, ...], bool]:
     teacher_layers = rng.randint(1, 6)
     heads = {side: rng.choice(("sigmoid", "softmax")) for side in ("student", "teacher")}
     dtype = rng.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16))
-    student = output(rng, size, size["L"], size["N"], heads["student"], dtype, group=size["M"])
-    teacher = output(rng, size, teacher_layers, size["M"], heads["teacher"], dtype)
-    leaves = [tensor for tensor in student if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    targets = dkl.Targets(
-        torch.randint(size["C"], (size["B"], size["T"])),
-        boxes(rng, (size["B"], size["T"])),
-        torch.arange(size["T"]) < torch.randint(size["T"] + 1, (size["B"], 1)),
+    kinds = {side: {"logit_kind": rng.choice(LOGITS), "box_kind": rng.choice(BOXES)} for side in heads}
+    student, teacher, targets = make_step(
+        students=size["N"],
+        teachers=size["M"],
+        images=size["B"],
+        classes=size["C"],
+        targets=size["T"],
+        stages=size["L"],
+        channels=CHANNELS,
+        height=size["H"],
+        width=size["W"],
+        activation=heads["student"],
+        teacher_options={"stages": teacher_layers, "activation": heads["teacher"], **kinds["teacher"]},
+        dtype=dtype,
+        requires_grad=True,
+        seed=rng.getrandbits(16),
+        **kinds["student"],
     )
+    student = student._replace(queries=None)  # nothing is learned from them
+    leaves = [leaf for leaf in tree_leaves(student) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     softmax = heads["student"] == "softmax"
     criterion = dkl.DETRDistillationLoss(
         rng.choice(("official", "paper")),
@@ -108,46 +123,6 @@ def step(rng: random.Random) -> tuple[tuple[int, ...], bool]:
     loss.backward()
     finite = [loss, *(leaf.grad for leaf in leaves)]
     return (*size.values(), teacher_layers), all(bool(torch.isfinite(tensor).all()) for tensor in finite)
-
-
-def output(
-    rng: random.Random,
-    size: dict[str, int],
-    layers: int,
-    queries: int,
-    head: str,
-    dtype: torch.dtype,
-    group: int | None = None,
-) -> dkl.DetectorOutput:
-    """Random outputs of a detector."""
-    classes = size["C"] + (head == "softmax")
-    lead = (layers, size["B"])
-    one_group = (
-        {}
-        if group is None
-        else {
-            "group_logits": logits(rng, (*lead, group, classes)).to(dtype),
-            "group_boxes": boxes(rng, (*lead, group)).to(dtype),
-        }
-    )
-    return dkl.DetectorOutput(
-        logits(rng, (*lead, queries, classes)).to(dtype),
-        boxes(rng, (*lead, queries)).to(dtype),
-        queries=torch.randn(*lead, queries, CHANNELS, dtype=dtype) if group is None else None,
-        features=torch.randn(size["B"], CHANNELS, size["H"], size["W"], dtype=dtype),
-        padding_mask=torch.rand(size["B"], size["H"], size["W"]) < 0.9,
-        **one_group,
-    )
-
-
-def logits(rng: random.Random, shape: tuple[int, ...]) -> torch.Tensor:
-    """Logits, now and then saturated."""
-    return rng.choice((1.0, 3.0, 3.0, 1e4)) * torch.randn(shape).clamp(-3, 3)
-
-
-def boxes(rng: random.Random, shape: tuple[int, ...]) -> torch.Tensor:
-    """Boxes, now and then without area."""
-    return torch.rand(*shape, 4) * torch.tensor([1.0, 1.0, 1.0, rng.choice((1.0, 1.0, 1.0, 0.0))])
 
 
 def live_tensors() -> int:

@@ -1,6 +1,6 @@
 """A criterion step, forward and backward: the package against the public formulation written in plain loops.
 
-    python examples/benchmarks/criterion.py            # about five minutes on a CPU
+    python examples/benchmarks/criterion.py            # about five minutes on a CPU; with the extra `testing`
 
 Same inputs, same numbers (checked first), timed in turns. Writes results/criterion--<device>.json.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import detr_kd_losses as dkl
+from detr_kd_losses.testing import steps
 
 Levels = tuple[tuple[int, int], ...]
 # Strides 8, 16, 32 and 64 of an 800 x 1333 image, and of one of half the height and width.
@@ -57,29 +58,25 @@ GROWTH: dict[str, tuple[object, ...]] = {
 }
 
 
-def make_step(case: Case) -> tuple[dkl.DetectorOutput, dkl.DetectorOutput, dkl.Targets]:
+def make_step(case: Case) -> steps.Step:
     """Predictions and targets of a step, the student's with gradients."""
-    generator = torch.Generator().manual_seed(0)
-
-    def predictions(queries: int) -> tuple[Tensor, Tensor]:
-        shape = case.layers, case.images, queries
-        logits = torch.randn(*shape, case.classes, generator=generator) - 4
-        return logits, torch.rand(*shape, 4, generator=generator) * 0.4 + 0.1
-
-    def output(queries: int, **group: Tensor) -> dkl.DetectorOutput:
-        embeddings = torch.randn(case.layers, case.images, queries, case.channels, generator=generator)
-        features = [torch.randn(case.images, case.channels, *size, generator=generator) for size in case.levels]
-        return dkl.DetectorOutput(*predictions(queries), embeddings, features, **group)
-
-    group_logits, group_boxes = predictions(case.teacher_queries)
-    student = output(case.student_queries, group_logits=group_logits, group_boxes=group_boxes)
-    for tensor in (student.logits, student.boxes, group_logits, group_boxes, *student.features):
-        tensor.requires_grad_()
-    counts = torch.linspace(1, case.targets, case.images).round().unsqueeze(-1)
-    labels = torch.randint(0, case.classes, (case.images, case.targets), generator=generator)
-    boxes = torch.rand(case.images, case.targets, 4, generator=generator) * 0.4 + 0.1
-    targets = dkl.Targets(labels, boxes, torch.arange(case.targets) < counts)
-    return student, output(case.teacher_queries), targets
+    height, width = case.levels[0]  # each further level is half as large
+    return steps.make_step(
+        students=case.student_queries,
+        teachers=case.teacher_queries,
+        images=case.images,
+        classes=case.classes,
+        targets=case.targets,
+        counts=torch.linspace(1, case.targets, case.images).round().int().tolist(),
+        stages=case.layers,
+        channels=case.channels,
+        height=height,
+        width=width,
+        levels=len(case.levels),
+        padded=False,
+        logit_shift=-4.0,
+        requires_grad=True,
+    )
 
 
 def package_criterion(**weights: float) -> dkl.DETRDistillationLoss:

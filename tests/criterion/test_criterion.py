@@ -89,7 +89,7 @@ def test_equal_student_and_teacher_have_no_loss(preset):
 def test_a_term_is_computed_where_its_tensors_are():
     targets = make_targets()
     teacher = make_output(1, 3, 9)
-    bare = make_output(0, 3, 7, features=False)
+    bare = make_output(0, 3, 7)._replace(features=None)
     criterion = dkl.DETRDistillationLoss()
     assert set(criterion(bare, teacher._replace(features=None), targets)) == {
         "loss_kd_class",

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 import soak
+from detr_kd_losses.testing.steps import make_step
 
-from support.batches import loss_and_gradients, make_batch
 from support.registry import TRIALS
+from support.steps import loss_and_gradients
 
 MODULES = {
     **{name: loss.module(**trial.options) for name, (loss, trial) in TRIALS.items()},
@@ -57,7 +58,7 @@ class LossPart(nn.Module):
 
 
 def test_export():
-    student, teacher, _ = make_batch()
+    student, teacher, _ = make_step()
     predictions = (student.logits, student.boxes, teacher.logits, teacher.boxes)
     assignment = dkl.match_teacher(*predictions)
     arguments = (*predictions, assignment, student.features, (teacher.features, teacher.queries))
@@ -74,7 +75,7 @@ def in_a_worker(batch):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers(method):
-    batch = make_batch()
+    batch = make_step()
     expected = in_a_worker(batch)  # the parent has used the library before
     plain = [tuple(None if tensor is None else tensor.tolist() for tensor in part) for part in batch]
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -90,7 +91,7 @@ def worker_entry(plain):
 
 
 def test_threads():
-    batches = [make_batch(images=images) for images in (1, 2, 3, 4)] * 4
+    batches = [make_step(images=images) for images in (1, 2, 3, 4)] * 4
     expected = [loss_and_gradients(*batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda batch: loss_and_gradients(*batch), batches))

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 from detr_kd_losses.assignment import BACKENDS, _cpu
+from detr_kd_losses.testing.steps import make_output, make_step
 
-from support.batches import floating, loss_and_gradients, make_batch, make_output, over_tensors
+from support.steps import floating, loss_and_gradients, over_tensors
 
 BACKEND_NAMES = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 1, 1))]
 PRESETS = ("official", "paper")
@@ -30,7 +31,7 @@ def assert_finite(*dicts):
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, "negative width"])
 def test_one_bad_image_of_sixteen(poison, preset, backend, monkeypatch):
     monkeypatch.setattr(_cpu, "_LAPX_SIZE", 0)  # small problems would go to SciPy
-    student, teacher, targets = make_batch(images=16)
+    student, teacher, targets = make_step(images=16)
     bad = 5
     good = [image for image in range(16) if image != bad]
     if poison == "negative width":
@@ -82,7 +83,7 @@ def test_one_bad_image_of_sixteen(poison, preset, backend, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_saturated_logits_in_half_precision(preset, dtype, heads):
-    student, teacher, targets = make_batch(dtype=dtype, logit_kind="saturated")
+    student, teacher, targets = make_step(dtype=dtype, logit_kind="saturated")
     if heads == ("softmax", "sigmoid"):
         teacher = teacher._replace(logits=teacher.logits[..., :-1])
     targets = targets._replace(labels=targets.labels.clamp(max=1))
@@ -108,7 +109,7 @@ def test_saturated_logits_in_half_precision(preset, dtype, heads):
     ids=["no area", "negative", "negative width", "pixels", "far away", "zeros", "tiny", "huge"],
 )
 def test_boxes_of_any_numbers(change, preset):
-    student, teacher, targets = make_batch()
+    student, teacher, targets = make_step()
     for odd in (
         (student._replace(boxes=change(student.boxes), group_boxes=change(student.group_boxes)), teacher, targets),
         (student, teacher._replace(boxes=change(teacher.boxes)), targets),
@@ -127,14 +128,14 @@ def test_boxes_of_any_numbers(change, preset):
     ids=lambda e: next(iter(e)),
 )
 def test_empty(empty, preset):
-    student, teacher, targets = make_batch(**{name: size for name, size in empty.items() if name != "queries"})
+    student, teacher, targets = make_step(**{name: size for name, size in empty.items() if name != "queries"})
     if "queries" in empty:
         student = student._replace(logits=student.logits[:, :, :0], boxes=student.boxes[:, :, :0])
     assert_finite(*loss_and_gradients(student, teacher, targets, preset))
 
 
 def test_an_empty_feature_map():
-    student, teacher, targets = make_batch()
+    student, teacher, targets = make_step()
     none = {"features": student.features[..., :0], "padding_mask": None}
     losses, _ = loss_and_gradients(student._replace(**none), teacher._replace(**none), targets)
     assert losses["loss_kd_feature"] == 0
@@ -165,7 +166,7 @@ def test_a_tensor_without_dimensions_is_refused_by_name(call):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_strides_do_not_matter(preset):
-    batch = make_batch()
+    batch = make_step()
     expected = loss_and_gradients(*batch, preset)
     strided = [over_tensors(lambda tensor: tensor.mT.contiguous().mT, part) for part in batch]
     assert not strided[0].logits.is_contiguous()
@@ -175,7 +176,7 @@ def test_strides_do_not_matter(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_expanded_tensors(preset):
     """The same image many times, without copies."""
-    student, teacher, targets = make_batch(images=1)
+    student, teacher, targets = make_step(images=1)
 
     def expanded(tensor):
         return (
@@ -193,7 +194,7 @@ def test_expanded_tensors(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("kind", ["requires grad", "inference mode"])
 def test_teachers_of_any_mode(kind, preset):
-    student, teacher, targets = make_batch()
+    student, teacher, targets = make_step()
     expected = loss_and_gradients(student, teacher, targets, preset)
     if kind == "requires grad":
         teacher = over_tensors(floating(lambda tensor: tensor.requires_grad_()), teacher)
@@ -211,7 +212,7 @@ class Named(torch.Tensor):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_subclasses_of_tensor(preset):
-    batch = make_batch()
+    batch = make_step()
     named = [over_tensors(lambda tensor: tensor.as_subclass(Named), part) for part in batch]
     expected = loss_and_gradients(*batch, preset)
     for values, plain in zip(loss_and_gradients(*named, preset), expected, strict=True):
@@ -219,7 +220,7 @@ def test_subclasses_of_tensor(preset):
 
 
 def test_parameters_are_tensors():
-    student, teacher, targets = make_batch()
+    student, teacher, targets = make_step()
     loss = dkl.DETRDistillationLoss()(student._replace(logits=nn.Parameter(student.logits)), teacher, targets)
     assert sum(loss.values()).requires_grad
 
@@ -236,9 +237,9 @@ def float64_by_default():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_default_dtype_does_not_matter(preset, float64_by_default):
-    losses, gradients = loss_and_gradients(*make_batch(dtype=torch.float32), preset)
+    losses, gradients = loss_and_gradients(*make_step(dtype=torch.float32), preset)
     torch.set_default_dtype(torch.float32)
-    assert_close((losses, gradients), loss_and_gradients(*make_batch(dtype=torch.float32), preset), rtol=0, atol=0)
+    assert_close((losses, gradients), loss_and_gradients(*make_step(dtype=torch.float32), preset), rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -250,14 +251,14 @@ def deterministic_algorithms():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_deterministic_mode(preset, deterministic_algorithms):
-    first, second = (loss_and_gradients(*make_batch(), preset) for _ in range(2))
+    first, second = (loss_and_gradients(*make_step(), preset) for _ in range(2))
     assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_autocast_changes_nothing(preset, dtype):
-    batch = make_batch()
+    batch = make_step()
     expected = loss_and_gradients(*batch, preset)
     with torch.autocast("cpu", dtype):
         actual = loss_and_gradients(*batch, preset)
@@ -266,7 +267,7 @@ def test_autocast_changes_nothing(preset, dtype):
 
 def test_grad_scaler():
     """Scaled half-precision gradients are the float32 ones times the scale, and the step is taken."""
-    student, teacher, targets = make_batch(dtype=torch.float16)
+    student, teacher, targets = make_step(dtype=torch.float16)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     logits = nn.Parameter(student.logits.float())
     before = logits.detach().clone()
@@ -285,8 +286,8 @@ def test_grad_scaler():
 
 def test_vmap_over_students():
     """An ensemble of students under one teacher, and their gradients, in one call."""
-    students = [make_output(seed) for seed in range(3)]
-    teacher = make_output(9, queries=6)
+    students = [make_output(seed=seed) for seed in range(3)]
+    teacher = make_output(seed=9, queries=6)
     assignment = dkl.match_teacher(students[0].logits, students[0].boxes, teacher.logits, teacher.boxes)
 
     def loss(logits, boxes):
@@ -305,7 +306,7 @@ def test_vmap_over_students():
 @pytest.mark.parametrize("variant", PRESETS)
 def test_jacobian_of_the_feature_loss(variant):
     """Many gradients in one backward pass, each of another loss: those of the losses one by one."""
-    output, teacher = make_output(0), make_output(9)
+    output, teacher = make_output(seed=0), make_output(seed=9)
     quality = torch.ones(teacher.queries.shape[:-1])
 
     def losses(features):
@@ -324,8 +325,8 @@ def test_jacobian_of_the_feature_loss(variant):
 
 @pytest.mark.parametrize("variant", PRESETS)
 def test_vmap_of_the_feature_loss(variant):
-    students = torch.stack([make_output(seed).features for seed in range(3)])
-    teacher = make_output(9)
+    students = torch.stack([make_output(seed=seed).features for seed in range(3)])
+    teacher = make_output(seed=9)
     quality = torch.ones(teacher.queries.shape[:-1])
 
     def loss(features):

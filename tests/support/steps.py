@@ -1,43 +1,66 @@
-"""Outputs of a student and of a teacher, and targets: what one step of the criterion takes."""
+"""Steps of the criterion at the sizes of its tests, what it makes of them, and a map over their tensors."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import detr_kd_losses as dkl
+from detr_kd_losses.testing import steps, strategies
 
 C, D, B = 5, 8, 2
 LEVELS = ((6, 8), (3, 4))
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def make_output(seed, layers, queries, *, group=0, features=True, channels=C, requires_grad=False):
-    g = generator(seed)
-
-    def tensor(*shape, boxes=False):
-        values = torch.rand(*shape, generator=g) * 0.5 + 0.1 if boxes else torch.randn(*shape, generator=g)
-        return values.requires_grad_(requires_grad)
-
-    return dkl.DetectorOutput(
-        logits=tensor(layers, B, queries, channels),
-        boxes=tensor(layers, B, queries, 4, boxes=True),
-        queries=tensor(layers, B, queries, D),
-        features=[tensor(B, D, *size) for size in LEVELS] if features else None,
-        group_logits=tensor(layers, B, group, channels) if group else None,
-        group_boxes=tensor(layers, B, group, 4, boxes=True) if group else None,
+def make_output(seed, layers, queries, *, channels=C, **options):
+    """A detector's outputs with two levels of features without padding, from `channels` of logits."""
+    height, width = LEVELS[0]
+    return steps.make_output(
+        stages=layers,
+        images=B,
+        queries=queries,
+        classes=channels,
+        channels=D,
+        height=height,
+        width=width,
+        levels=len(LEVELS),
+        padded=False,
+        seed=seed,
+        **options,
     )
 
 
 def make_targets(counts=(3, 1), padded=4):
-    g = generator(99)
+    """So many targets of each image, of so many with padding."""
+    truth = strategies.make_targets(images=len(counts), targets=padded, classes=C, seed=99)
     mask = torch.arange(padded) < torch.tensor(counts).unsqueeze(-1)
-    boxes = torch.rand(len(counts), padded, 4, generator=g) * 0.5 + 0.1
-    return dkl.Targets(torch.randint(0, C, (len(counts), padded), generator=g), boxes, mask)
+    return truth._replace(boxes=truth.boxes.float(), mask=mask)
 
 
 def leaves(output):
-    tensors = [output.logits, output.boxes, output.group_logits, output.group_boxes, *(output.features or ())]
-    return [tensor for tensor in tensors if tensor is not None]
+    """The tensors of a student that a criterion may give a gradient."""
+    return [tensor for tensor in tree_leaves(output._replace(queries=None, padding_mask=None)) if tensor is not None]
+
+
+def over_tensors(function, value: Any) -> Any:
+    """The outputs or targets with `function` of each tensor in its place."""
+    return tree_map_only(torch.Tensor, function, value)
+
+
+def floating(function):
+    return lambda tensor: function(tensor) if tensor.is_floating_point() else tensor
+
+
+def loss_and_gradients(student, teacher, targets, preset="official", **options):
+    """All terms of the criterion, and the gradient of each of the student's tensors."""
+    criterion = dkl.DETRDistillationLoss(preset, **options)
+    leaves = over_tensors(floating(lambda tensor: tensor.detach().clone().requires_grad_()), student)
+    losses = criterion(leaves, teacher, targets)
+    sum(losses.values()).backward()
+    assert set(losses) >= {"loss_kd_class", "loss_kd_feature", "loss_kd_group_class"}
+    grads = {
+        name: getattr(leaves, name).grad for name in ("logits", "boxes", "features", "group_logits", "group_boxes")
+    }
+    return {name: loss.detach() for name, loss in losses.items()}, grads
