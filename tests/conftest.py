@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+from support.backends import let_lapx_take_small_problems
 from support.gpu_stand_in import Compiler, interpreting_process
 
 # Tests are many small operations: a second thread would only wait for the first.
@@ -26,6 +27,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process in which Triton interprets kernels."""
     yield from interpreting_process()
+
+
+@pytest.fixture
+def lapx_takes_small_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver lapx solves what would go to SciPy."""
+    let_lapx_take_small_problems(monkeypatch)
 
 
 @pytest.fixture

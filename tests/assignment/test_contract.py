@@ -7,20 +7,11 @@ import pytest
 import torch
 
 import detr_kd_losses as dkl
-from detr_kd_losses.assignment import BACKENDS
 
 from support import oracles
+from support.backends import CPU_BACKENDS
 
-BACKEND_NAMES = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(bool(reasons), reason=f"{name} cannot run on the CPU here: {'; '.join(reasons)}"),
-    )
-    for name, solver in BACKENDS.items()
-    if solver.device_type == "cpu"
-    for reasons in [solver.unsupported_reasons(torch.zeros(1, 1, 1))]
-]
-pytestmark = pytest.mark.parametrize("backend", BACKEND_NAMES)
+pytestmark = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
 def assert_optimal(cost, backend, row_mask=None, column_mask=None):

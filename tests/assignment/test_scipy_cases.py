@@ -12,17 +12,15 @@ import scipy.optimize
 import torch
 
 import detr_kd_losses as dkl
-from detr_kd_losses.assignment import BACKENDS, _cpu
+
+from support.backends import RUNNABLE
 
 INF, NAN = float("inf"), float("nan")
 
-BACKEND_NAMES = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 1, 1))]
-pytestmark = pytest.mark.parametrize("backend", BACKEND_NAMES)
-
-
-@pytest.fixture(autouse=True)
-def lapx_takes_small_problems(monkeypatch):
-    monkeypatch.setattr(_cpu, "_LAPX_SIZE", 0)
+pytestmark = [
+    pytest.mark.parametrize("backend", RUNNABLE),
+    pytest.mark.usefixtures("lapx_takes_small_problems"),
+]
 
 
 def solve(cost, backend, dtype=torch.float64):

@@ -8,12 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
-from detr_kd_losses.assignment import BACKENDS, _cpu
 from detr_kd_losses.testing.steps import make_output, make_step
 
+from support.backends import RUNNABLE
 from support.steps import floating, loss_and_gradients, over_tensors
 
-BACKEND_NAMES = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 1, 1))]
 PRESETS = ("official", "paper")
 NAN, INF = float("nan"), float("inf")
 
@@ -26,11 +25,10 @@ def assert_finite(*dicts):
 # Bad numbers
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, "negative width"])
-def test_one_bad_image_of_sixteen(poison, preset, backend, monkeypatch):
-    monkeypatch.setattr(_cpu, "_LAPX_SIZE", 0)  # small problems would go to SciPy
+def test_one_bad_image_of_sixteen(poison, preset, backend, lapx_takes_small_problems):
     student, teacher, targets = make_step(images=16)
     bad = 5
     good = [image for image in range(16) if image != bad]

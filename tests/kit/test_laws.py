@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import torch
 
 import detr_kd_losses as dkl
 from detr_kd_losses import testing
-from detr_kd_losses.assignment import BACKENDS, _cpu
 
+from support.backends import RUNNABLE
 from support.registry import LOSSES
 
 
@@ -51,9 +50,6 @@ def test_the_criterion_obeys(law, options):
     law(dkl.DETRDistillationLoss(**options))
 
 
-RUNNABLE = [name for name, solver in BACKENDS.items() if not solver.unsupported_reasons(torch.zeros(1, 2, 2))]
-
-
 @pytest.mark.parametrize(
     ("law", "function"),
     [
@@ -66,6 +62,5 @@ RUNNABLE = [name for name, solver in BACKENDS.items() if not solver.unsupported_
         ]
     ],
 )
-def test_a_solver_or_matcher_obeys(law, function, monkeypatch):
-    monkeypatch.setattr(_cpu, "_LAPX_SIZE", 0)  # small problems would go to SciPy
+def test_a_solver_or_matcher_obeys(law, function, lapx_takes_small_problems):
     law(function)

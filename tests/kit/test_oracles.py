@@ -116,6 +116,13 @@ def test_check_assignment(assignment, error):
             oracles.check_assignment([assignment], cost, rows, columns)
 
 
+def test_a_solver_in_whole_numbers_may_lose_its_resolution_on_each_pair():
+    cost = np.array([[0.0, 1.0], [1.0, 2.5]])
+    oracles.check_assignment(np.array([0, 1]), cost, resolution=0.25)  # 2.5 instead of 2.0
+    with pytest.raises(AssertionError, match=r"cost 2\.5 instead of 2\.0"):
+        oracles.check_assignment(np.array([0, 1]), cost, resolution=0.24)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_costs_are_used_last(bad):
     cost = np.array([[bad, 1.0, 2.0], [bad, 1.5, 9.0], [bad, bad, bad]])

@@ -103,7 +103,7 @@ def optimal_cost(
 
 
 def _check_problem(
-    assignment: np.ndarray, cost: np.ndarray, rows: np.ndarray, columns: np.ndarray, rtol: float
+    assignment: np.ndarray, cost: np.ndarray, rows: np.ndarray, columns: np.ndarray, rtol: float, resolution: float
 ) -> None:
     matched = np.flatnonzero(assignment != -1)
     partners = assignment[matched]
@@ -117,7 +117,7 @@ def _check_problem(
     (non_finite, total), (fewest, optimum) = _total(used), _total(best)
     assert non_finite == fewest, f"{non_finite} non-finite pairs instead of {fewest}"
     rounding = rtol * (_total(abs(used))[1] + _total(abs(best))[1])
-    assert total <= optimum + rounding, f"cost {total} instead of {optimum}"
+    assert total <= optimum + rounding + resolution * count, f"cost {total} instead of {optimum}"
 
 
 def check_assignment(
@@ -127,11 +127,13 @@ def check_assignment(
     column_mask: np.ndarray | None = None,
     *,
     rtol: float = 1e-12,
+    resolution: float = 0.0,
 ) -> None:
     """Raise AssertionError unless the assignment (..., N) is complete, one-to-one, masked and optimal.
 
     The optimum is that of the float64 cost (..., N, M); rtol, relative to the magnitude of the costs used,
-    allows for the rounding of the arithmetic that made the assignment. Masks broadcast.
+    allows for the rounding of the arithmetic that made the assignment. `resolution` is what each pair may cost
+    beyond the optimum, for a solver in whole numbers. Masks broadcast.
     """
     cost = np.asarray(cost, dtype=np.float64)
     *lead, n, m = cost.shape
@@ -140,7 +142,7 @@ def check_assignment(
     rows = np.broadcast_to(True if row_mask is None else row_mask, (*lead, n))
     columns = np.broadcast_to(True if column_mask is None else column_mask, (*lead, m))
     for problem in np.ndindex(*lead):
-        _check_problem(assignment[problem], cost[problem], rows[problem], columns[problem], rtol)
+        _check_problem(assignment[problem], cost[problem], rows[problem], columns[problem], rtol, resolution)
 
 
 def rows_of_positives(assignment: np.ndarray, teacher_positive: np.ndarray) -> np.ndarray:
