@@ -77,7 +77,7 @@ MUTANTS = [
         ("weights exchanged", '"loss_bbox": weight_bbox', '"loss_bbox": weight_giou', distillation("weights_linear")),
         (
             "half precision is computed in half precision",
-            "= shared_precision(\n        student_logits, student_boxes, teacher_logits, teacher_boxes\n    )",
+            "= shared_precision(student_logits, student_boxes, teacher_logits, teacher_boxes)",
             "= (student_logits, student_boxes, teacher_logits, teacher_boxes)",
             distillation("half_precision"),
         ),
@@ -146,7 +146,7 @@ MUTANTS = [
         ),
         (
             "unmatched queries have a class",
-            "& matched.unsqueeze(\n            -1\n        )",
+            "& matched.unsqueeze(-1)",
             "",
             detected("target_permutation"),
         ),

@@ -94,7 +94,7 @@ MUTANTS = [
     ),
     *faults(
         dkl.stages._stage_indices,
-        ("the first stage is skipped", "num_student_stages) - 1\n", "num_student_stages) - 2\n", depth),
+        ("the first stage is skipped", "num_student_stages) - 1", "num_student_stages) - 2", depth),
     ),
     *faults(dkl.select_stages, ("the teacher's depth is cut", "stages == list(range(depth))", "stages[0] == 0", depth)),
 ]
