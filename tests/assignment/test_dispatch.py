@@ -89,14 +89,38 @@ def test_no_backend_at_all(monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"cost": torch.rand(3)}, ValueError, r"`cost` must have shape \(..., N, T\), got \(3,\)"),
-        ({"cost": torch.ones(3, 3, dtype=torch.int64)}, TypeError, "`cost` must have a floating-point dtype, got torch.int64"),
-        ({"cost": torch.rand(2, 3, 4), "row_mask": torch.ones(2, 4).bool()}, ValueError, r"`row_mask` and `cost` must have the same dimensions rows, got \(2, 4\) and \(2, 3\)"),
-        ({"cost": torch.rand(2, 3, 4), "column_mask": torch.ones(4).bool()}, ValueError, "`column_mask` and `cost` must have the same dimensions columns"),
-        ({"cost": torch.rand(2, 3), "column_mask": torch.ones(3)}, TypeError, "`column_mask` must have dtype torch.bool, got torch.float32"),
-        ({"cost": torch.rand(2, 3), "row_mask": torch.ones(2, device="meta").bool()}, ValueError, "`row_mask` must be on the device of `cost` cpu, got meta"),
-        ({"cost": torch.rand(2, 3), "backend": "magic"}, ValueError, "`backend` must be 'auto' or one of .*'scipy'.*, got 'magic'"),
+        (
+            {"cost": torch.ones(3, 3, dtype=torch.int64)},
+            TypeError,
+            "`cost` must have a floating-point dtype, got torch.int64",
+        ),
+        (
+            {"cost": torch.rand(2, 3, 4), "row_mask": torch.ones(2, 4).bool()},
+            ValueError,
+            r"`row_mask` and `cost` must have the same dimensions rows, got \(2, 4\) and \(2, 3\)",
+        ),
+        (
+            {"cost": torch.rand(2, 3, 4), "column_mask": torch.ones(4).bool()},
+            ValueError,
+            "`column_mask` and `cost` must have the same dimensions columns",
+        ),
+        (
+            {"cost": torch.rand(2, 3), "column_mask": torch.ones(3)},
+            TypeError,
+            "`column_mask` must have dtype torch.bool, got torch.float32",
+        ),
+        (
+            {"cost": torch.rand(2, 3), "row_mask": torch.ones(2, device="meta").bool()},
+            ValueError,
+            "`row_mask` must be on the device of `cost` cpu, got meta",
+        ),
+        (
+            {"cost": torch.rand(2, 3), "backend": "magic"},
+            ValueError,
+            "`backend` must be 'auto' or one of .*'scipy'.*, got 'magic'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         dkl.linear_sum_assignment(**arguments)
@@ -140,7 +164,11 @@ def test_a_compiler_does_not_look_into_the_solver(monkeypatch):
 
 
 def test_the_module_can_be_loaded_again():
-    code = "import importlib, torch, detr_kd_losses.assignment as a; importlib.reload(a); print(a.linear_sum_assignment(torch.eye(2)).tolist())"
+    code = """if True:
+        import importlib, torch, detr_kd_losses.assignment as a
+        importlib.reload(a)
+        print(a.linear_sum_assignment(torch.eye(2)).tolist())
+    """
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.split() == [
         b"[1,",
         b"0]",

@@ -1,7 +1,7 @@
 """What SciPy documents of `linear_sum_assignment`, as a table of cases, backend by backend; and where we differ.
 
-On purpose we do not raise: a training step with a bad number goes on (docs/explanation/numerics.md). So what SciPy calls
-infeasible or invalid gets its least bad answer here, and `check_finite` is there for those who want to know.
+On purpose we do not raise: a training step with a bad number goes on (docs/explanation/numerics.md). So what SciPy
+calls infeasible or invalid gets its least bad answer here, and `check_finite` is there for those who want to know.
 """
 
 from __future__ import annotations

@@ -201,20 +201,59 @@ def without(output, field):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s, t, g: (without(s, "features"), t, g), r"`student.features` must be given where `teacher.features` is \(or set the weight"),
-        (lambda s, t, g: (s, without(t, "features"), g), "`teacher.features` must be given where `student.features` is"),
+        (
+            lambda s, t, g: (without(s, "features"), t, g),
+            r"`student.features` must be given where `teacher.features` is \(or set the weight",
+        ),
+        (
+            lambda s, t, g: (s, without(t, "features"), g),
+            "`teacher.features` must be given where `student.features` is",
+        ),
         (lambda s, t, g: (s, without(t, "queries"), g), "`teacher.queries` must be given for the feature loss"),
-        (lambda s, t, g: (s, t._replace(queries=t.queries[0, :, :, :4].expand(-1, -1, 4)), g), r"`teacher.queries` and `teacher.logits` must have the same dimensions \(L, B, M\), got \(2, 9\) and \(3, 2, 9\)"),
-        (lambda s, t, g: (without(s, "group_boxes"), t, g), "`student.group_boxes` must be given where `student.group_logits` is"),
-        (lambda s, t, g: (s, t._replace(logits=t.logits[:, :1], boxes=t.boxes[:, :1]), g), r"`student.logits` and `teacher.logits` must have the same dimensions \(B,\), got \(2,\) and \(1,\)"),
-        (lambda s, t, g: (s, t._replace(boxes=t.boxes[:, :, :-1]), g), r"`teacher.logits` and `teacher.boxes` must have the same dimensions \(..., N\)"),
-        (lambda s, t, g: (s, t._replace(logits=t.logits[..., :-1]), g), "`teacher_logits` must have the student's 5 classes .pass `class_map` if they differ., got 4"),
-        (lambda s, t, g: (s, t._replace(logits=t.logits[0, 0], boxes=t.boxes[0, 0]), g), r"`teacher.logits` must have shape \(L, B, N, C\) or \(B, N, C\), got \(9, 5\)"),
-        (lambda s, t, g: (s._replace(group_logits=s.group_logits[:, :, 1:], group_boxes=s.group_boxes[:, :, 1:]), t, g), r"`teacher_assignment` and `group_logits` must have the same dimensions \(..., N\), got \(3, 2, 9\) and \(3, 2, 8\)"),
-        (lambda s, t, g: (s, t, g._replace(labels=g.labels[:1], boxes=g.boxes[:1], mask=g.mask[:1])), r"`target_labels` must have the batch dimensions of `logits`"),
-        (lambda s, t, g: (s._replace(features=s.features[:1]), t, g), "`teacher_features` must have as many levels as `student_features`"),
+        (
+            lambda s, t, g: (s, t._replace(queries=t.queries[0, :, :, :4].expand(-1, -1, 4)), g),
+            r"`teacher.queries` and `teacher.logits` must have the same dimensions \(L, B, M\), "
+            r"got \(2, 9\) and \(3, 2, 9\)",
+        ),
+        (
+            lambda s, t, g: (without(s, "group_boxes"), t, g),
+            "`student.group_boxes` must be given where `student.group_logits` is",
+        ),
+        (
+            lambda s, t, g: (s, t._replace(logits=t.logits[:, :1], boxes=t.boxes[:, :1]), g),
+            r"`student.logits` and `teacher.logits` must have the same dimensions \(B,\), got \(2,\) and \(1,\)",
+        ),
+        (
+            lambda s, t, g: (s, t._replace(boxes=t.boxes[:, :, :-1]), g),
+            r"`teacher.logits` and `teacher.boxes` must have the same dimensions \(..., N\)",
+        ),
+        (
+            lambda s, t, g: (s, t._replace(logits=t.logits[..., :-1]), g),
+            "`teacher_logits` must have the student's 5 classes .pass `class_map` if they differ., got 4",
+        ),
+        (
+            lambda s, t, g: (s, t._replace(logits=t.logits[0, 0], boxes=t.boxes[0, 0]), g),
+            r"`teacher.logits` must have shape \(L, B, N, C\) or \(B, N, C\), got \(9, 5\)",
+        ),
+        (
+            lambda s, t, g: (
+                s._replace(group_logits=s.group_logits[:, :, 1:], group_boxes=s.group_boxes[:, :, 1:]),
+                t,
+                g,
+            ),
+            r"`teacher_assignment` and `group_logits` must have the same dimensions \(..., N\), "
+            r"got \(3, 2, 9\) and \(3, 2, 8\)",
+        ),
+        (
+            lambda s, t, g: (s, t, g._replace(labels=g.labels[:1], boxes=g.boxes[:1], mask=g.mask[:1])),
+            r"`target_labels` must have the batch dimensions of `logits`",
+        ),
+        (
+            lambda s, t, g: (s._replace(features=s.features[:1]), t, g),
+            "`teacher_features` must have as many levels as `student_features`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_gets_an_error_that_names_it(change, message):
     student, teacher, targets = change(make_output(0, 3, 7, group=9), make_output(1, 3, 9), make_targets())
     with pytest.raises(ValueError, match=message):
@@ -249,11 +288,23 @@ class TestPadTargets:
         [
             ([], ValueError, "`targets` must have at least one image"),
             ([{"boxes": torch.rand(1, 4)}], ValueError, r"`targets\[0\]` must have 'labels' .* got \['boxes'\]"),
-            ([{"labels": torch.tensor([1.0]), "boxes": torch.rand(1, 4)}], TypeError, r"`targets\[0\]\['labels'\]` must have dtype torch.int64"),
-            ([{"labels": torch.tensor([1]), "boxes": torch.rand(2, 4)}], ValueError, r"same dimensions \(T,\), got \(1,\) and \(2,\)"),
-            ([{"labels": torch.tensor([1]), "boxes": torch.rand(1, 5)}], ValueError, r"`targets\[0\]\['boxes'\]` must have shape"),
+            (
+                [{"labels": torch.tensor([1.0]), "boxes": torch.rand(1, 4)}],
+                TypeError,
+                r"`targets\[0\]\['labels'\]` must have dtype torch.int64",
+            ),
+            (
+                [{"labels": torch.tensor([1]), "boxes": torch.rand(2, 4)}],
+                ValueError,
+                r"same dimensions \(T,\), got \(1,\) and \(2,\)",
+            ),
+            (
+                [{"labels": torch.tensor([1]), "boxes": torch.rand(1, 5)}],
+                ValueError,
+                r"`targets\[0\]\['boxes'\]` must have shape",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_errors(self, images, error, message):
         with pytest.raises(error, match=message):
             dkl.pad_targets(images)

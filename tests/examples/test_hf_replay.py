@@ -1,4 +1,4 @@
-"""The replay takes the projections of the memory from the recorded call, with their gradients, and changes nothing else."""
+"""The replay takes the projections of the memory from the recorded call, with their gradients; nothing else changes."""
 
 from __future__ import annotations
 

@@ -63,7 +63,12 @@ def test_every_public_name_is_documented_with_an_example(name):
 
 def test_import_is_light():
     heavy = {"triton", "matplotlib", "hypothesis", "transformers", "lap", "pytest"}
-    code = f"import sys, torch, scipy.optimize; before = set(sys.modules); import detr_kd_losses; print({heavy} & (set(sys.modules) - before))"
+    code = f"""if True:
+        import sys, torch, scipy.optimize
+        before = set(sys.modules)
+        import detr_kd_losses
+        print({heavy} & (set(sys.modules) - before))
+    """
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.strip() == "set()"
 
@@ -72,8 +77,10 @@ def test_a_step_loads_no_compiler():
     """PyTorch's takes about a second and 70 MB, which a notebook would wait for at the first match."""
     code = """if True:
         import sys, torch, detr_kd_losses as dkl
-        student, teacher = (dkl.DetectorOutput(torch.randn(2, 1, 5, 3, requires_grad=True), torch.rand(2, 1, 5, 4)) for _ in range(2))
-        targets = dkl.Targets(torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+        logits, boxes = torch.randn(2, 1, 5, 3, requires_grad=True), torch.rand(2, 1, 5, 4)
+        student, teacher = dkl.DetectorOutput(logits, boxes), dkl.DetectorOutput(logits.flip(0), boxes.flip(0))
+        labels, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
+        targets = dkl.Targets(labels, torch.rand(1, 2, 4), mask)
         sum(dkl.DETRDistillationLoss()(student, teacher, targets).values()).backward()
         print("torch._dynamo" in sys.modules)
     """

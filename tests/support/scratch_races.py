@@ -39,7 +39,10 @@ class Recorder:
 
 
 def find_races(solve, *arguments, barriers=True):
-    """Run ``solve(*arguments)`` in this process, an interpreting one; kinds of races seen. Without barriers: ignore them."""
+    """Run ``solve(*arguments)`` in this process, an interpreting one; kinds of races seen.
+
+    Without `barriers`, those of the kernel are ignored.
+    """
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
     recorder = Recorder()

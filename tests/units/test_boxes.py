@@ -129,11 +129,21 @@ def test_empty_sets():
     [
         (torch.rand(3, 5), torch.rand(3, 4), ValueError, r"`boxes1` must have shape \(..., N, 4\), got \(3, 5\)"),
         (torch.rand(3, 4), torch.rand(4), ValueError, r"`boxes2` must have shape \(..., N, 4\), got \(4,\)"),
-        (torch.ones(3, 4).int(), torch.rand(3, 4), TypeError, "`boxes1` must have a floating-point dtype, got torch.int32"),
-        (torch.rand(3, 4), torch.rand(3, 4, device="meta"), ValueError, "`boxes2` must be on the device of `boxes1` cpu, got meta"),
+        (
+            torch.ones(3, 4).int(),
+            torch.rand(3, 4),
+            TypeError,
+            "`boxes1` must have a floating-point dtype, got torch.int32",
+        ),
+        (
+            torch.rand(3, 4),
+            torch.rand(3, 4, device="meta"),
+            ValueError,
+            "`boxes2` must be on the device of `boxes1` cpu, got meta",
+        ),
         ([[0.0] * 4], torch.rand(1, 4), TypeError, "`boxes1` must be a torch.Tensor, got list"),
     ],
-)  # fmt: skip
+)
 def test_errors(one, other, error, message):
     with pytest.raises(error, match=message):
         dkl.box_iou(one, other)
