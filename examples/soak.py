@@ -109,9 +109,9 @@ def step(rng: random.Random) -> tuple[tuple[int, ...], bool]:
         rng.choice(("official", "paper")),
         student_activation=heads["student"],
         teacher_activation=heads["teacher"],
-        temperature=rng.choice((1.0, 2.0)),
-        stage_map=rng.choice(("even", "last")),
     )
+    criterion.terms["logits"].temperature = rng.choice((1.0, 2.0))
+    criterion.terms["logits"].stage_map = criterion.terms["query_group"].stage_map = rng.choice(("even", "last"))
     losses = criterion(student, teacher, targets)
     assignment = dkl.match_targets(
         student.logits, student.boxes, *targets, class_cost="softmax" if softmax else "focal"

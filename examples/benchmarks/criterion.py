@@ -58,7 +58,7 @@ GROWTH: dict[str, tuple[object, ...]] = {
 }
 
 
-def make_step(case: Case) -> steps.Step:
+def make_step(case: Case) -> steps.CriterionInputs:
     """Predictions and targets of a step, the student's with gradients."""
     height, width = case.levels[0]  # each further level is half as large
     return steps.make_step(
@@ -79,10 +79,12 @@ def make_step(case: Case) -> steps.Step:
     )
 
 
-def package_criterion(**weights: float) -> dkl.DETRDistillationLoss:
-    criterion = dkl.DETRDistillationLoss("official", **weights)
-    criterion.logits.class_loss = "bce"  # the public code's number; "kl" has the same gradient
-    return criterion
+def package_criterion(implementation: str, part: str) -> dkl.DETRDistillationLoss:
+    """The preset that computes what the plain loops do, or the criterion without options; one term of it, or all."""
+    criterion = dkl.DETRDistillationLoss("official" if implementation == "package" else "paper")
+    if implementation == "package":
+        criterion.terms["logits"].class_loss = "bce"  # the public code's number; "kl" has the same gradient
+    return criterion if part == "all" else dkl.DETRDistillationLoss([criterion.terms[part]])
 
 
 def forward(which: str, case: Case) -> Callable[[], Tensor]:
@@ -93,14 +95,12 @@ def forward(which: str, case: Case) -> Callable[[], Tensor]:
     student, teacher, targets = make_step(case)
     implementation, part = which.split()
     if implementation != "plain":
-        weights = {"logits": "weight_logits", "feature": "weight_feature", "group": "weight_query_group"}
-        off = {weight: 0.0 for name, weight in weights.items() if part not in (name, "all")}
-        criterion = package_criterion(**off) if implementation == "package" else dkl.DETRDistillationLoss(**off)
+        criterion = package_criterion(implementation, part)
         return lambda: sum(criterion(student, teacher, targets).values())
     parts = {
         "logits": lambda: plain.logits_loss(student, teacher),
         "feature": lambda: 20 * plain.feature_loss(student, teacher, targets),
-        "group": lambda: plain.query_group_loss(student, teacher, targets),
+        "query_group": lambda: plain.query_group_loss(student, teacher, targets),
     }
     return parts[part] if part != "all" else lambda: sum(compute() for compute in parts.values())
 
@@ -186,7 +186,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {"case": vars(DEFAULT), "parts": {}}
     print(f"{'part':10}{'plain ms':>12}{'package ms':>12}{'faster':>10}{'memory':>10}")
-    for part in ("logits", "feature", "group", "all"):
+    for part in ("logits", "feature", "query_group", "all"):
         row = results["parts"][part] = compare(part, DEFAULT)
         plain_ms, package_ms = (row["milliseconds"][name]["median"] for name in ("plain", "package"))
         print(f"{part:10}{plain_ms:12.1f}{package_ms:12.1f}{row['speed_up']:9.1f}x{row['memory_share']:10.1%}")

@@ -41,10 +41,10 @@ Image = tuple[int, int]
 IMAGES: tuple[Image, Image] = ((800, 1333), (800, 1280))
 DEPTHS = {"teacher": [3, 4, 23, 3], "student": [3, 4, 6, 3]}
 TARGETS = 20
-CRITERIA: dict[str, dict[str, Any]] = {
-    "default": {},
-    "Eq. 9": {"preset": "paper", "normalize": None},
-    "official": {"preset": "official"},
+CRITERIA: dict[str, Callable[[], list[dkl.Term] | str]] = {
+    "default": lambda: "paper",
+    "Eq. 9": lambda: [dkl.LogitsTerm(), dkl.FeatureTerm(normalize=None), dkl.QueryGroupTerm()],
+    "official": lambda: "official",
 }
 # The counter of PyTorch knows this product, but not in place.
 flop_registry[torch.ops.aten.baddbmm_] = flop_registry[torch.ops.aten.baddbmm]
@@ -177,14 +177,16 @@ def count_adapter(teacher: nn.Module, student: nn.Module, image: Image) -> int:
     return multiply_adds(step)
 
 
-def count_criterion(options: dict[str, Any], case: Case) -> dict[str, int]:
+def count_criterion(terms: Callable[[], list[dkl.Term] | str], case: Case) -> dict[str, int]:
     """Cost of the whole criterion with padding masks, as a detector gives them, and of its feature loss."""
     student, teacher, targets = make_step(case)
     valid = [torch.ones(case.images, *level, dtype=torch.bool) for level in case.levels]
     student, teacher = (output._replace(padding_mask=valid) for output in (student, teacher))
 
-    def count(**weights: float) -> tuple[int, int]:
-        criterion = dkl.DETRDistillationLoss(**options, **weights)
+    def count(*, features: bool = True) -> tuple[int, int]:
+        criterion = dkl.DETRDistillationLoss(terms())
+        if not features:
+            del criterion.terms["feature"]
         with ElementCounter() as elements:
             products = multiply_adds(lambda: criterion(student, teacher, targets))
         return products, elements.operations
@@ -193,7 +195,7 @@ def count_criterion(options: dict[str, Any], case: Case) -> dict[str, int]:
     total = products + elements
     return {
         "total": total,
-        "feature": total - sum(count(weight_feature=0)),
+        "feature": total - sum(count(features=False)),
         "products": products,
         "elements": elements,
     }
@@ -229,7 +231,7 @@ def count_family(family: str, image: Image) -> dict[str, Any]:
         )
         levels = [tuple(level.shape[-2:]) for level in taps["student"].features()[0]]
     case = Case(images=1, classes=config.num_labels, channels=config.d_model, targets=TARGETS, levels=tuple(levels))
-    criteria = {name: count_criterion(options, case) for name, options in CRITERIA.items()}
+    criteria = {name: count_criterion(terms, case) for name, terms in CRITERIA.items()}
     return {
         "levels": levels,
         "parameters": {role: count_parameters(model) for role, model in models.items()},
@@ -269,8 +271,8 @@ def count_adamixer(backbone: int) -> dict[str, Any]:
     published = 1e9 * sum(paper.basic)
     group = 1e9 * paper.basic[1] - backbone
     result: dict[str, Any] = {"levels": levels, "query_group, at most": group}
-    for name, options in CRITERIA.items():
-        losses = count_criterion(options, case)
+    for name, terms in CRITERIA.items():
+        losses = count_criterion(terms, case)
         result[name] = {
             "criterion": losses,
             "share of losses": losses["total"] / (published + losses["total"]),

@@ -107,7 +107,7 @@ def query_group_loss(student: dkl.DetectorOutput, teacher: dkl.DetectorOutput, t
             labels = targets.labels[image][targets.mask[image]]
             boxes = targets.boxes[image][targets.mask[image]]
             q, t = match_targets(teacher.logits[layer, image], teacher.boxes[layer, image], labels, boxes)
-            logits, predicted = student.group_logits[layer, image], student.group_boxes[layer, image][q]
+            logits, predicted = student.group.logits[layer, image], student.group.boxes[layer, image][q]
             onehot = torch.zeros_like(logits)
             onehot[q, labels[t]] = 1
             p = logits.sigmoid()

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
-from detr_kd_losses.teacher import FrozenTeacher
+from detr_kd_losses.training.teacher import FrozenTeacher
 
 KEY = "distillation"  # of the outputs; the original criterion never sees it
-TERMS = ("class", "bbox", "giou", "feature", "group_class", "group_bbox", "group_giou")
 
 QueryGroup = dict[str, Tensor]
 
@@ -87,7 +86,7 @@ class DetrReader(Reader):
         if position.shape[-1] != self.model.transformer.d_model:
             msg = (
                 f"the queries of the teacher must have {self.model.transformer.d_model} channels as the student's, got "
-                f"{position.shape[-1]}; map them with a learned nn.Linear, or set weight_query_group=0"
+                f"{position.shape[-1]}; map them with a learned nn.Linear, or leave QueryGroupTerm out"
             )
             raise ValueError(msg)
         _, memory = self._arguments
@@ -96,9 +95,8 @@ class DetrReader(Reader):
             torch.zeros_like(position), memory, **{**self._options, "query_pos": position}
         )
         states = states.transpose(1, 2)  # (L, M, B, D) -> (L, B, M, D)
-        return output._replace(
-            group_logits=self.model.class_embed(states), group_boxes=self.model.bbox_embed(states).sigmoid()
-        )
+        group_boxes = self.model.bbox_embed(states).sigmoid()
+        return output._replace(group=dkl.Predictions(self.model.class_embed(states), group_boxes))
 
 
 def attach_teacher(
@@ -135,14 +133,14 @@ def attach_teacher(
 class DistillationCriterion(nn.Module):
     """Adds the distillation terms to those of a criterion, and their weights, all 1, to its `weight_dict`.
 
-    The terms are weighted by the options of `distillation`; the entries of `weight_dict` may be changed on top.
+    The terms have their own weights; the entries of `weight_dict` may be changed on top.
     """
 
     def __init__(self, criterion: nn.Module, distillation: dkl.DETRDistillationLoss) -> None:
         super().__init__()
         self.criterion = criterion
         self.distillation = distillation
-        self.weight_dict = {**criterion.weight_dict, **{f"loss_kd_{term}": 1.0 for term in TERMS}}
+        self.weight_dict = {**criterion.weight_dict, **dict.fromkeys(distillation.names, 1.0)}
 
     def forward(self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the terms of the criterion, and in training those of the distillation."""

@@ -103,8 +103,7 @@ class Tap:
             queries=own.queries,
             features=[features[level] for level in keep],
             padding_mask=None if padding_mask is None else [padding_mask[level] for level in keep],
-            group_logits=None if replayed is None else replayed.logits,
-            group_boxes=None if replayed is None else replayed.boxes,
+            group=None if replayed is None else dkl.Predictions(replayed.logits, replayed.boxes),
         )
 
     def query_group(self) -> QueryGroup:
@@ -187,7 +186,12 @@ class QueryProjection(nn.Module):
 
 
 def distillation_loss(
-    student: nn.Module, teacher: nn.Module, *, num_levels: int | None = None, **options: Any
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    num_levels: int | None = None,
+    terms: Sequence[dkl.Term] | None = None,
+    **options: Any,
 ) -> dkl.DETRDistillationLoss:
     """Return a `DETRDistillationLoss` for two models: heads and widths as configured, the other options as given.
 
@@ -195,6 +199,7 @@ def distillation_loss(
         student: The student.
         teacher: The teacher.
         num_levels: Number of feature levels that are distilled. None: all of the student's.
+        terms: Terms of the loss. None: those of its default, with a projection of the features where it takes one.
         **options: Those of `DETRDistillationLoss`.
     """
     if "class_map" not in options and student.config.num_labels != teacher.config.num_labels:
@@ -207,11 +212,18 @@ def distillation_loss(
         "student_activation": family_of(student).activation,
         "teacher_activation": family_of(teacher).activation,
     }
-    if query_channels(student) != query_channels(teacher):
-        num_levels = num_levels or getattr(student.config, "num_feature_levels", 1)
-        defaults["student_channels"] = [query_channels(student)] * num_levels
-        defaults["teacher_channels"] = [query_channels(teacher)] * num_levels
-    return dkl.DETRDistillationLoss(**(defaults | options))
+    if terms is None:
+        channels = feature_channels(student, teacher, num_levels)
+        terms = [dkl.LogitsTerm(), dkl.FeatureTerm(*channels), dkl.QueryGroupTerm()]
+    return dkl.DETRDistillationLoss(terms, **(defaults | options))
+
+
+def feature_channels(student: nn.Module, teacher: nn.Module, num_levels: int | None = None) -> list[Any]:
+    """Return the channels of each level of student and teacher, as `FeatureTerm` takes them; None where they agree."""
+    if query_channels(student) == query_channels(teacher):
+        return [None, None]
+    num_levels = num_levels or getattr(student.config, "num_feature_levels", 1)
+    return [[query_channels(model)] * num_levels for model in (student, teacher)]
 
 
 def query_channels(model: nn.Module) -> int:
@@ -225,13 +237,12 @@ def check_group(group: QueryGroup, own: QueryGroup) -> None:
     if group.keys() != own.keys():
         msg = (
             f"the queries of the teacher are {sorted(group)}, the student's decoder takes {sorted(own)}: the query "
-            "group needs a teacher with the same kind of queries; otherwise leave `group` out and set "
-            "weight_query_group=0"
+            "group needs a teacher with the same kind of queries; otherwise leave `group` and QueryGroupTerm out"
         )
         raise ValueError(msg)
     for name, tensor in group.items():
         if tensor.shape[-1] != own[name].shape[-1]:
-            remedy = "map it with a QueryProjection" if name in CONTENT else "set weight_query_group=0"
+            remedy = "map it with a QueryProjection" if name in CONTENT else "leave QueryGroupTerm out"
             msg = (
                 f"`{name}` of the teacher's queries must have {own[name].shape[-1]} channels as in the student, "
                 f"got {tensor.shape[-1]}; {remedy}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 import detr_kd_losses as dkl
-from detr_kd_losses.teacher import FrozenTeacher
+from detr_kd_losses.training.teacher import FrozenTeacher
 from hf_transformers.adapter import QueryProjection, Tap, distillation_loss
 
 DISTILLATION_FILE = "distillation.pt"
@@ -98,7 +98,7 @@ class DistillationTrainer(Trainer):
             with Tap(self.teacher.module) as teacher_tap:
                 self.teacher(**{name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs})
             teacher_output = teacher_tap.output(levels=teacher_levels)
-            group = self.query_projection(teacher_tap.query_group()) if self.distillation.weight_query_group else None
+            group = self.query_projection(teacher_tap.query_group()) if "group" in self.distillation.needs else None
             student_output = student_tap.output(group=group, levels=student_levels)
             check_levels(student_output, teacher_output)
             terms = self.distillation(student_output, teacher_output, targets)
@@ -153,7 +153,7 @@ def check_levels(student: dkl.DetectorOutput, teacher: dkl.DetectorOutput) -> No
         sizes = [[tuple(level.shape[-2:]) for level in output.features] for output in (student, teacher)]
         msg = (
             f"student and teacher must have as many feature levels, got maps of {sizes[0]} and {sizes[1]} cells; "
-            "choose those that correspond with student_levels and teacher_levels, or give a `distillation` with "
-            "weight_feature=0"
+            "choose those that correspond with student_levels and teacher_levels, or give a `distillation` "
+            "without FeatureTerm"
         )
         raise ValueError(msg)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import detr_kd_losses as dkl
-from detr_kd_losses.schedules import linear_warmup
-from detr_kd_losses.teacher import FrozenTeacher
+from detr_kd_losses.training.schedules import linear_warmup
+from detr_kd_losses.training.teacher import FrozenTeacher
 from hf_transformers.adapter import QueryProjection, Tap, distillation_loss
 from hf_transformers.coco_shapes import CocoDetection, collate, make_shapes
 from hf_transformers.train import rt_detr

@@ -23,7 +23,7 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
-from detr_kd_losses.teacher import FrozenTeacher
+from detr_kd_losses.training.teacher import FrozenTeacher
 
 
 class Distilled:
@@ -32,7 +32,7 @@ class Distilled:
     Args:
         teacher: The configuration file of the teacher, or its `model` part.
         teacher_checkpoint: Its weights; None leaves them random, for tests.
-        distillation: Options of `DETRDistillationLoss`.
+        distillation: Options of `DETRDistillationLoss`, whose heads must be the detector's.
         **options: Those of the detector.
     """
 
@@ -49,7 +49,7 @@ class Distilled:
         if teacher_checkpoint is not None:
             load_checkpoint(model, teacher_checkpoint, map_location="cpu", strict=True)
         self.teacher = FrozenTeacher(model)
-        self.distillation = dkl.DETRDistillationLoss(weight_feature=0, weight_query_group=0, **(distillation or {}))
+        self.distillation = dkl.DETRDistillationLoss([dkl.LogitsTerm()], **(distillation or {}))
         self.bbox_head.register_forward_hook(self._record_predictions)
 
     def _record_predictions(self, _: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:

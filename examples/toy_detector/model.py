@@ -63,8 +63,7 @@ class TinyDETR(nn.Module):
             boxes=boxes,
             queries=queries[:, :, : sizes[0]],
             features=features,
-            group_logits=group_logits,
-            group_boxes=group_boxes,
+            group=dkl.Predictions(group_logits, group_boxes),
         )
 
     def encode(self, images: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ def distillation_loss(losses: set[str]) -> dkl.DETRDistillationLoss:
     The teacher has more queries than the student: the default preset matches those first that found an object, so that
     none of them goes without a student query.
     """
-    off = {f"weight_{loss}": 0.0 for loss in ("logits", "feature", "query_group") if loss not in losses}
-    return dkl.DETRDistillationLoss(**off)
+    terms = {"logits": dkl.LogitsTerm, "feature": dkl.FeatureTerm, "query_group": dkl.QueryGroupTerm}
+    return dkl.DETRDistillationLoss({name: terms[name]() for name in terms if name in losses})
 
 
 def training_images(scale: Scale) -> ShapeImages:

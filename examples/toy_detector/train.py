@@ -72,7 +72,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     evaluate_at = {round(steps * (k + 1) / evaluations) for k in range(evaluations)}
-    query_group = distillation is not None and distillation.weight_query_group > 0
+    query_group = distillation is not None and "group" in distillation.needs
     history = History()
     for step, indices in zip(range(1, steps + 1), endless_batches(len(data), batch_size, seed), strict=False):
         start = time.process_time()

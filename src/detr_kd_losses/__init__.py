@@ -1,11 +1,6 @@
 """Distillation losses for DETR detectors, on plain tensors, with batched Hungarian matching."""
 
-from detr_kd_losses.assignment import (
-    assignment_to_indices,
-    invert_assignment,
-    linear_sum_assignment,
-    select_backend,
-)
+from detr_kd_losses.assignment import linear_sum_assignment, select_backend
 from detr_kd_losses.boxes import (
     box_area,
     box_cxcywh_to_xyxy,
@@ -15,10 +10,30 @@ from detr_kd_losses.boxes import (
     paired_box_iou,
     paired_generalized_box_iou,
 )
-from detr_kd_losses.class_scores import map_class_logits
 from detr_kd_losses.costs import detection_cost, distillation_cost
-from detr_kd_losses.criterion import DetectorOutput, DETRDistillationLoss, Targets, pad_targets
-from detr_kd_losses.diagnostics import (
+from detr_kd_losses.criterion import DETRDistillationLoss
+from detr_kd_losses.heads import Heads, map_class_logits
+from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
+from detr_kd_losses.losses.features.loss import TargetAwareFeatureLoss, target_aware_feature_loss
+from detr_kd_losses.losses.features.mask import target_aware_mask
+from detr_kd_losses.losses.features.projection import FeatureProjection
+from detr_kd_losses.losses.features.quality import query_quality
+from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
+from detr_kd_losses.losses.query_group import (
+    TeacherAssignedQueryLoss,
+    query_group_attention_mask,
+    teacher_assigned_query_loss,
+)
+from detr_kd_losses.matching import match_targets, match_teacher
+from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, pad_targets
+from detr_kd_losses.pairs import assignment_to_indices, invert_assignment
+from detr_kd_losses.stages import select_stages
+from detr_kd_losses.step import Step, TargetMatching
+from detr_kd_losses.terms.features import FeatureTerm
+from detr_kd_losses.terms.logits import LogitsTerm
+from detr_kd_losses.terms.query_group import QueryGroupTerm
+from detr_kd_losses.terms.term import Term
+from detr_kd_losses.training.diagnostics import (
     LossMagnitude,
     assignment_instability,
     loss_magnitudes,
@@ -26,22 +41,10 @@ from detr_kd_losses.diagnostics import (
     mean_quality,
     positives_per_image,
 )
-from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
-from detr_kd_losses.losses.features import TargetAwareFeatureLoss, target_aware_feature_loss
-from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
-from detr_kd_losses.losses.query_group import (
-    TeacherAssignedQueryLoss,
-    query_group_attention_mask,
-    teacher_assigned_query_loss,
-)
-from detr_kd_losses.losses.query_quality import query_quality
-from detr_kd_losses.losses.target_aware_mask import target_aware_mask
-from detr_kd_losses.matching import match_targets, match_teacher
-from detr_kd_losses.offline import Geometry, OfflineTeacher, save_predictions
-from detr_kd_losses.schedules import cosine_decay, linear_warmup, stop_after
-from detr_kd_losses.stages import select_stages
-from detr_kd_losses.teacher import FrozenTeacher
-from detr_kd_losses.value_checks import check_finite, check_targets
+from detr_kd_losses.training.offline import Geometry, OfflineTeacher, save_predictions
+from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
+from detr_kd_losses.training.teacher import FrozenTeacher
+from detr_kd_losses.training.value_checks import check_finite, check_targets
 
 __version__ = "0.1.0"
 
@@ -49,14 +52,23 @@ __all__ = [
     "DETRDistillationLoss",
     "DetectionLoss",
     "DetectorOutput",
+    "FeatureProjection",
+    "FeatureTerm",
     "FrozenTeacher",
     "Geometry",
+    "Heads",
     "HungarianDistillationLoss",
+    "LogitsTerm",
     "LossMagnitude",
     "OfflineTeacher",
+    "Predictions",
+    "QueryGroupTerm",
+    "Step",
     "TargetAwareFeatureLoss",
+    "TargetMatching",
     "Targets",
     "TeacherAssignedQueryLoss",
+    "Term",
     "assignment_instability",
     "assignment_to_indices",
     "box_area",

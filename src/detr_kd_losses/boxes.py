@@ -11,13 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_boxes,
-    check_same_device,
-    check_same_shape,
-    full_precision,
-    shared_precision,
-)
+from detr_kd_losses._precision import full_precision, shared_precision
+from detr_kd_losses._validation import validate_boxes, validate_same_device, validate_same_shape
 
 __all__ = [
     "box_area",
@@ -101,7 +96,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> [round(x, 4) for x in box_iou(a, b)[0].tolist()]
         [1.0, 0.3333]
     """
-    boxes1, boxes2 = _check_pair(boxes1, boxes2)
+    boxes1, boxes2 = _validated_pair(boxes1, boxes2)
     return _overlap(boxes1.unsqueeze(-2), boxes2.unsqueeze(-3), generalized=False)
 
 
@@ -132,7 +127,7 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     References:
         Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019, arXiv:1902.09630.
     """
-    boxes1, boxes2 = _check_pair(boxes1, boxes2)
+    boxes1, boxes2 = _validated_pair(boxes1, boxes2)
     return _overlap(boxes1.unsqueeze(-2), boxes2.unsqueeze(-3), generalized=True)
 
 
@@ -155,8 +150,8 @@ def paired_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> paired_box_iou(a, a.flip(0)).tolist()
         [0.25, 0.25]
     """
-    check_same_shape("boxes1", boxes1.shape, "boxes2", boxes2.shape, "(..., N, 4)")
-    return _overlap(*_check_pair(boxes1, boxes2), generalized=False)
+    validate_same_shape("boxes1", boxes1.shape, "boxes2", boxes2.shape, "(..., N, 4)")
+    return _overlap(*_validated_pair(boxes1, boxes2), generalized=False)
 
 
 def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -178,14 +173,14 @@ def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> paired_generalized_box_iou(a, a + torch.tensor([3.0, 0.0, 3.0, 0.0])).tolist()
         [-0.5]
     """
-    check_same_shape("boxes1", boxes1.shape, "boxes2", boxes2.shape, "(..., N, 4)")
-    return _overlap(*_check_pair(boxes1, boxes2), generalized=True)
+    validate_same_shape("boxes1", boxes1.shape, "boxes2", boxes2.shape, "(..., N, 4)")
+    return _overlap(*_validated_pair(boxes1, boxes2), generalized=True)
 
 
-def _check_pair(boxes1: Tensor, boxes2: Tensor) -> list[Tensor]:
-    check_boxes("boxes1", boxes1)
-    check_boxes("boxes2", boxes2)
-    check_same_device("boxes1", boxes1, boxes2=boxes2)
+def _validated_pair(boxes1: Tensor, boxes2: Tensor) -> list[Tensor]:
+    validate_boxes("boxes1", boxes1)
+    validate_boxes("boxes2", boxes2)
+    validate_same_device("boxes1", boxes1, boxes2=boxes2)
     return shared_precision(boxes1, boxes2)
 
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_batch,
-    check_boxes,
-    check_choice,
-    check_dtype,
-    check_predictions,
-    check_same_device,
-    check_same_shape,
-    full_precision,
-    full_precision_matmul,
-    shared_precision,
+from detr_kd_losses._precision import full_precision, full_precision_matmul, shared_precision
+from detr_kd_losses._validation import (
+    validate_batch,
+    validate_both_predictions,
+    validate_boxes,
+    validate_choice,
+    validate_dtype,
+    validate_predictions,
+    validate_same_device,
+    validate_same_shape,
 )
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, generalized_box_iou
-from detr_kd_losses.class_scores import Activation, ClassMap, forget_unknown_classes, teacher_log_scores
+from detr_kd_losses.heads import Activation, ClassCost, ClassMap, Heads
 
-__all__ = ["ClassCost", "detection_cost", "distillation_cost"]
-
-ClassCost = Literal["focal", "softmax"]
+__all__ = ["detection_cost", "distillation_cost"]
 
 
 def detection_cost(
@@ -79,13 +74,13 @@ def detection_cost(
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
         Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
     """
-    check_predictions("", logits, boxes)
-    check_choice("class_cost", class_cost, ("focal", "softmax"))
-    check_dtype("target_labels", target_labels, torch.int64)
-    check_boxes("target_boxes", target_boxes)
-    check_same_shape("target_labels", target_labels.shape, "target_boxes", target_boxes.shape[:-1], "(..., T)")
-    check_batch("target_labels", target_labels.shape[:-1], "logits", logits.shape[:-2])
-    check_same_device("logits", logits, target_labels=target_labels, target_boxes=target_boxes)
+    validate_predictions("", logits, boxes)
+    validate_choice("class_cost", class_cost, ("focal", "softmax"))
+    validate_dtype("target_labels", target_labels, torch.int64)
+    validate_boxes("target_boxes", target_boxes)
+    validate_same_shape("target_labels", target_labels.shape, "target_boxes", target_boxes.shape[:-1], "(..., T)")
+    validate_batch("target_labels", target_labels.shape[:-1], "logits", logits.shape[:-2])
+    validate_same_device("logits", logits, target_labels=target_labels, target_boxes=target_boxes)
     logits = full_precision(logits)
     if class_cost == "focal":
         log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
@@ -179,15 +174,13 @@ def distillation_costs(
     weight_giou: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`distillation_cost`, and the part of it that boxes alone have, each (..., N, M)."""
-    check_predictions("student_", student_logits, student_boxes)
-    check_predictions("teacher_", teacher_logits, teacher_boxes)
-    check_same_shape("student_logits", student_logits.shape[:-2], "teacher_logits", teacher_logits.shape[:-2], "(...)")
-    check_same_device("student_logits", student_logits, teacher_logits=teacher_logits)
+    validate_both_predictions(student_logits, student_boxes, teacher_logits, teacher_boxes)
     by_box = box_cost(student_boxes, teacher_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
     logits, teacher_logits = shared_precision(student_logits, teacher_logits)
-    heads = (student_activation, teacher_activation, class_map)
-    scores = teacher_log_scores(teacher_logits, logits.shape[-1], *heads).log_p.exp()
-    logits = forget_unknown_classes(logits, teacher_logits.shape[-1], *heads)
+    heads = Heads(student_activation, teacher_activation, class_map)
+    heads.validate()
+    scores = heads.teacher_log_scores(teacher_logits, logits).log_p.exp()
+    logits = heads.forget_unknown_classes(logits, teacher_logits)
     with full_precision_matmul(logits):
         if student_activation == "softmax":
             likelihood = logits.log_softmax(-1) @ scores.mT

@@ -10,23 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_dtype,
-    check_predictions,
-    check_same_device,
-    check_same_shape,
-    check_targets_shape,
-)
+from detr_kd_losses._blocks import COSTS_BUILT, COSTS_SOLVED, in_blocks, slices
+from detr_kd_losses._validation import validate_both_predictions, validate_predictions, validate_targets_shape
 from detr_kd_losses.assignment import linear_sum_assignment
-from detr_kd_losses.class_scores import Activation, ClassMap
-from detr_kd_losses.costs import ClassCost, detection_cost, distillation_cost, distillation_costs
+from detr_kd_losses.costs import detection_cost, distillation_cost, distillation_costs
+from detr_kd_losses.heads import Activation, ClassCost, ClassMap
+from detr_kd_losses.pairs import validate_teacher_positive
 
 __all__ = ["match_targets", "match_teacher"]
-
-# Cost entries of a batch that are built and solved at a time on a CPU. Building a cost takes about ten temporaries of
-# its size: few problems at a time keep them in the cache. Solving more at a time keeps more threads busy.
-_BUILT_AT_ONCE = 2**18
-_SOLVED_AT_ONCE = 2**24
 
 
 @torch.no_grad()
@@ -59,7 +50,7 @@ def match_targets(
         weight_giou: Weight of the negative GIoU.
         alpha: Balance of the focal cost.
         gamma: Focus of the focal cost.
-        backend: See :func:`linear_sum_assignment`.
+        backend: Solver, by name (:func:`linear_sum_assignment`).
 
     Returns:
         (..., N) int64: the target of each query, -1 = none.
@@ -77,8 +68,8 @@ def match_targets(
     References:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
     """
-    check_predictions("", logits, boxes)
-    check_targets_shape(
+    validate_predictions("", logits, boxes)
+    validate_targets_shape(
         target_labels,
         target_boxes,
         target_mask,
@@ -133,12 +124,12 @@ def match_teacher(
         teacher_boxes: (..., M, 4), cxcywh in [0, 1].
         teacher_positive: (..., M) bool, True = the teacher's own matching gives the query a target.
         student_activation: ``"sigmoid"``, or ``"softmax"`` for a head with "no object" as its last channel.
-        teacher_activation: Likewise.
+        teacher_activation: Head of the teacher, ``"sigmoid"`` or ``"softmax"``.
         class_map: Student class of each teacher class, -1 = dropped. None: both have the same classes.
         weight_class: Weight of the class cost.
         weight_bbox: Weight of the L1 distance of the boxes.
         weight_giou: Weight of the negative GIoU.
-        backend: See :func:`linear_sum_assignment`.
+        backend: Solver, by name (:func:`linear_sum_assignment`).
 
     Returns:
         (..., N) int64: the teacher query of each student query, -1 = none (when N > M).
@@ -155,9 +146,7 @@ def match_teacher(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 3-5.
     """
-    check_predictions("student_", student_logits, student_boxes)
-    check_predictions("teacher_", teacher_logits, teacher_boxes)
-    check_same_shape("student_logits", student_logits.shape[:-2], "teacher_logits", teacher_logits.shape[:-2], "(...)")
+    validate_both_predictions(student_logits, student_boxes, teacher_logits, teacher_boxes)
     options: dict[str, Any] = {
         "student_activation": student_activation,
         "teacher_activation": teacher_activation,
@@ -170,11 +159,7 @@ def match_teacher(
     if teacher_positive is None:
         solve = partial(linear_sum_assignment, backend=backend)
         return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions, None)
-    check_dtype("teacher_positive", teacher_positive, torch.bool)
-    check_same_shape(
-        "teacher_positive", teacher_positive.shape, "teacher_logits", teacher_logits.shape[:-1], "(..., M)"
-    )
-    check_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
+    validate_teacher_positive(teacher_positive, teacher_logits)
     solve = partial(_positives_first, backend=backend)
     return _in_parts(solve, partial(distillation_costs, **options), predictions, teacher_positive)
 
@@ -196,21 +181,13 @@ def _in_parts(
     *batch, rows, _ = tensors[0].shape
     entries = rows * tensors[-1].shape[-2]
     problems = math.prod(batch)
-    on_cpu = tensors[0].device.type == "cpu"
-    # A compiler fuses the temporaries away; a GPU has the memory, and is idle with few problems at a time.
-    if problems * entries <= _BUILT_AT_ONCE or torch.compiler.is_compiling() or not on_cpu:
+    if problems * entries <= COSTS_BUILT or not in_blocks(tensors[0]):
         return solve(*costs(*tensors), column_mask=column_mask)
     flat = [tensor.reshape(problems, *tensor.shape[len(batch) :]) for tensor in tensors]
     assignments = []
-    for solved in _slices(0, problems, _SOLVED_AT_ONCE // entries):
-        blocks = _slices(solved.start, solved.stop, _BUILT_AT_ONCE // entries)
+    for solved in slices(problems, COSTS_SOLVED // entries):
+        blocks = slices(solved.stop, COSTS_BUILT // entries, solved.start)
         parts = [costs(*(tensor[block] for tensor in flat)) for block in blocks]
         mask = None if column_mask is None else column_mask.reshape(problems, -1)[solved]
         assignments.append(solve(*map(torch.cat, zip(*parts, strict=True)), column_mask=mask))
     return torch.cat(assignments).reshape(*batch, rows)
-
-
-def _slices(start: int, stop: int, size: int) -> list[slice]:
-    """Consecutive slices of at most `size` (at least 1) from `start` to `stop`."""
-    size = max(1, size)
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import check_choice, check_ndim, check_positive, check_tensor
+from detr_kd_losses._validation import validate_choice, validate_ndim, validate_positive, validate_tensor
 
 __all__ = ["StageMap", "select_stages"]
 
@@ -42,9 +42,9 @@ def select_stages(teacher: Tensor, num_student_stages: int, *, stage_map: StageM
         >>> select_stages(torch.arange(6), 3, stage_map="last").tolist()
         [5, 5, 5]
     """
-    check_tensor("teacher", teacher)
-    check_ndim("teacher", teacher, 1, "(L, ...)")
-    check_positive("num_student_stages", num_student_stages)
+    validate_tensor("teacher", teacher)
+    validate_ndim("teacher", teacher, 1, "(L, ...)")
+    validate_positive("num_student_stages", num_student_stages)
     depth = teacher.shape[0]
     if depth == 0:
         msg = f"`teacher` must have at least one stage in dimension 0, got shape {tuple(teacher.shape)}"
@@ -56,9 +56,18 @@ def select_stages(teacher: Tensor, num_student_stages: int, *, stage_map: StageM
     return torch.stack([teacher[stage] for stage in stages])
 
 
+def validate_stage_map(name: str, value: object) -> None:
+    """Raise unless `value` is a stage map, as far as it can be told without the depths."""
+    if isinstance(value, str):
+        validate_choice(name, value, ("even", "last"))
+    elif not isinstance(value, Sequence) or not all(type(stage) is int for stage in value):
+        msg = f"`{name}` must be 'even', 'last' or a sequence of teacher stages, got {value!r}"
+        raise TypeError(msg)
+
+
 def _stage_indices(depth: int, num_student_stages: int, stage_map: StageMap) -> list[int]:
+    validate_stage_map("stage_map", stage_map)
     if isinstance(stage_map, str):
-        check_choice("stage_map", stage_map, ("even", "last"))
         if stage_map == "last":
             return [depth - 1] * num_student_stages
         nearest = [

@@ -18,8 +18,11 @@ from support.steps import LEVELS, B, C, D, leaves, make_output, make_targets
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_is_the_sum_of_its_parts(preset, normalize):
     student, teacher, targets = make_output(0, 3, 7, group=9), make_output(1, 6, 9), make_targets()
-    weights = {"weight_logits": 0.5, "weight_feature": 7.0, "weight_query_group": 3.0}
-    losses = dkl.DETRDistillationLoss(preset, normalize=normalize, **weights)(student, teacher, targets)
+    criterion = dkl.DETRDistillationLoss(preset)
+    for name, weight in {"logits": 0.5, "feature": 7.0, "query_group": 3.0}.items():
+        criterion.terms[name].weight = weight
+    criterion.terms["feature"].normalize = normalize
+    losses = criterion(student, teacher, targets)
     assigned = dkl.match_targets(teacher.logits, teacher.boxes, *targets)
     t_logits, t_boxes, t_assigned = (dkl.select_stages(t, 3) for t in (teacher.logits, teacher.boxes, assigned))
     positive = t_assigned >= 0 if preset == "paper" else None
@@ -31,7 +34,7 @@ def test_is_the_sum_of_its_parts(preset, normalize):
     feature = dkl.target_aware_feature_loss(
         student.features, teacher.features, teacher.queries, quality, variant=preset, normalize=normalize
     )
-    group = dkl.teacher_assigned_query_loss(student.group_logits, student.group_boxes, *targets, t_assigned)
+    group = dkl.teacher_assigned_query_loss(*student.group, *targets, t_assigned)
     expected = {"loss_kd_feature": 7.0 * feature}
     expected |= {f"loss_kd_{key[5:]}": 0.5 * value for key, value in logits.items()}
     expected |= {f"loss_kd_group_{key[5:]}": 3.0 * value for key, value in group.items()}
@@ -97,20 +100,19 @@ def test_a_term_is_computed_where_its_tensors_are():
         "loss_kd_giou",
     }
     full = make_output(0, 3, 7, group=9)
-    assert set(dkl.DETRDistillationLoss(weight_logits=0, weight_query_group=0)(full, teacher, targets)) == {
-        "loss_kd_feature"
-    }
-    assert set(dkl.DETRDistillationLoss(weight_logits=0, weight_feature=0)(full, teacher, targets)) == {
+    assert set(dkl.DETRDistillationLoss([dkl.FeatureTerm()])(full, teacher, targets)) == {"loss_kd_feature"}
+    assert set(dkl.DETRDistillationLoss([dkl.QueryGroupTerm()])(full, teacher, targets)) == {
         f"loss_kd_group_{term}" for term in ("class", "bbox", "giou")
     }
+    assert criterion.names == tuple(criterion(full, teacher, targets))
 
 
 def test_a_single_layer_may_come_without_its_dimension():
     student, teacher, targets = make_output(0, 1, 7, group=9), make_output(1, 1, 9), make_targets()
 
     def squeezed(output):
-        fields = ("logits", "boxes", "queries", "group_logits", "group_boxes")
-        return output._replace(**{f: getattr(output, f)[0] for f in fields if getattr(output, f) is not None})
+        group = None if output.group is None else dkl.Predictions(*(tensor[0] for tensor in output.group))
+        return output._replace(logits=output.logits[0], boxes=output.boxes[0], queries=output.queries[0], group=group)
 
     criterion = dkl.DETRDistillationLoss()
     assert_close(criterion(student, teacher, targets), criterion(squeezed(student), squeezed(teacher), targets))
@@ -163,7 +165,7 @@ def test_a_class_that_the_teacher_does_not_know_is_left_alone():
 
 def test_projection_is_trained_and_saved():
     student = make_output(0, 3, 7)._replace(features=[torch.randn(B, 3, 6, 8), torch.randn(B, 4, 6, 8)])
-    criterion = dkl.DETRDistillationLoss(student_channels=[3, 4], teacher_channels=[D, D])
+    criterion = dkl.DETRDistillationLoss([dkl.FeatureTerm([3, 4], [D, D])])
     loss = criterion(student, make_output(1, 3, 9), make_targets())["loss_kd_feature"]
     loss.backward()
     assert [tuple(p.shape) for p in criterion.parameters()] == [(D, 3, 1, 1), (D,), (D, 4, 1, 1), (D,)]
@@ -176,7 +178,7 @@ def test_padding_mask_of_the_features_is_used():
     masks = [torch.ones(B, *size).bool() for size in LEVELS]
     for mask in masks:
         mask[0, :, -1] = False
-    criterion = dkl.DETRDistillationLoss(weight_logits=0)
+    criterion = dkl.DETRDistillationLoss([dkl.FeatureTerm()])
     expected = criterion(student, teacher._replace(padding_mask=masks), targets)
     assert_close(criterion(student._replace(padding_mask=masks), teacher, targets), expected)
     for level in (*student.features, *teacher.features):
@@ -186,7 +188,9 @@ def test_padding_mask_of_the_features_is_used():
 
 def test_copies_and_pickles_compute_the_same():
     student, teacher, targets = make_output(0, 3, 7, group=9), make_output(1, 3, 9), make_targets()
-    criterion = dkl.DETRDistillationLoss("paper", class_map=torch.arange(C), temperature=2.0, stage_map="last")
+    criterion = dkl.DETRDistillationLoss(
+        [dkl.LogitsTerm(temperature=2.0, stage_map="last"), dkl.FeatureTerm()], class_map=torch.arange(C)
+    )
     expected = criterion(student, teacher, targets)
     for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert_close(copied(student, teacher, targets), expected)
@@ -216,8 +220,8 @@ def without(output, field):
             r"got \(2, 9\) and \(3, 2, 9\)",
         ),
         (
-            lambda s, t, g: (without(s, "group_boxes"), t, g),
-            "`student.group_boxes` must be given where `student.group_logits` is",
+            lambda s, t, g: (s._replace(group=s.group._replace(boxes=s.group.boxes[:, :, 1:])), t, g),
+            r"`student.group.logits` and `student.group.boxes` must have the same dimensions \(..., N\)",
         ),
         (
             lambda s, t, g: (s, t._replace(logits=t.logits[:, :1], boxes=t.boxes[:, :1]), g),
@@ -236,11 +240,7 @@ def without(output, field):
             r"`teacher.logits` must have shape \(L, B, N, C\) or \(B, N, C\), got \(9, 5\)",
         ),
         (
-            lambda s, t, g: (
-                s._replace(group_logits=s.group_logits[:, :, 1:], group_boxes=s.group_boxes[:, :, 1:]),
-                t,
-                g,
-            ),
+            lambda s, t, g: (s._replace(group=dkl.Predictions(*(tensor[:, :, 1:] for tensor in s.group))), t, g),
             r"`teacher_assignment` and `group_logits` must have the same dimensions \(..., N\), "
             r"got \(3, 2, 9\) and \(3, 2, 8\)",
         ),
@@ -264,47 +264,4 @@ def test_unknown_options():
     with pytest.raises(ValueError, match="`preset` must be one of 'paper', 'official', got 'best'"):
         dkl.DETRDistillationLoss("best")
     with pytest.raises(ValueError, match="`stage_map` must be one of 'even', 'last', got 'first'"):
-        dkl.DETRDistillationLoss(stage_map="first")(make_output(0, 3, 7), make_output(1, 4, 7), make_targets())
-
-
-class TestPadTargets:
-    def test_pads_to_the_largest_image(self):
-        images = [
-            {"labels": torch.tensor([2, 0]), "boxes": torch.rand(2, 4)},
-            {"class_labels": torch.tensor([], dtype=torch.int64), "boxes": torch.rand(0, 4)},
-            {"labels": torch.tensor([1]), "boxes": torch.rand(1, 4)},
-        ]
-        targets = dkl.pad_targets(images)
-        assert targets.mask.tolist() == [[True, True], [False, False], [True, False]]
-        assert targets.labels[targets.mask].tolist() == [2, 0, 1]
-        assert_close(targets.boxes[2, 0], images[2]["boxes"][0])
-
-    def test_no_targets_at_all(self):
-        image = {"labels": torch.tensor([], dtype=torch.int64), "boxes": torch.rand(0, 4)}
-        assert [tuple(field.shape) for field in dkl.pad_targets([image, image])] == [(2, 0), (2, 0, 4), (2, 0)]
-
-    @pytest.mark.parametrize(
-        ("images", "error", "message"),
-        [
-            ([], ValueError, "`targets` must have at least one image"),
-            ([{"boxes": torch.rand(1, 4)}], ValueError, r"`targets\[0\]` must have 'labels' .* got \['boxes'\]"),
-            (
-                [{"labels": torch.tensor([1.0]), "boxes": torch.rand(1, 4)}],
-                TypeError,
-                r"`targets\[0\]\['labels'\]` must have dtype torch.int64",
-            ),
-            (
-                [{"labels": torch.tensor([1]), "boxes": torch.rand(2, 4)}],
-                ValueError,
-                r"same dimensions \(T,\), got \(1,\) and \(2,\)",
-            ),
-            (
-                [{"labels": torch.tensor([1]), "boxes": torch.rand(1, 5)}],
-                ValueError,
-                r"`targets\[0\]\['boxes'\]` must have shape",
-            ),
-        ],
-    )
-    def test_errors(self, images, error, message):
-        with pytest.raises(error, match=message):
-            dkl.pad_targets(images)
+        dkl.LogitsTerm(stage_map="first")

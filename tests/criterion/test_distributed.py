@@ -25,6 +25,8 @@ def half(value, rank):
         return None
     if isinstance(value, list):
         return [half(level, rank) for level in value]
+    if isinstance(value, dkl.Predictions):
+        return dkl.Predictions(*(half(tensor, rank) for tensor in value))
     return value[:, rank : rank + 1] if value.ndim == 4 and value.shape[1] == WORLD_SIZE else value[rank : rank + 1]
 
 

@@ -17,12 +17,12 @@ import soak
 from detr_kd_losses.testing.steps import make_step
 
 from support.registry import TRIALS
-from support.steps import loss_and_gradients
+from support.steps import loss_and_gradients, over_tensors
 
 MODULES = {
     **{name: loss.module(**trial.options) for name, (loss, trial) in TRIALS.items()},
     "features, projected": dkl.TargetAwareFeatureLoss(3, 4),
-    "criterion, projected": dkl.DETRDistillationLoss("paper", student_channels=[3], teacher_channels=[4]),
+    "criterion, projected": dkl.DETRDistillationLoss([dkl.LogitsTerm(), dkl.FeatureTerm([3], [4])]),
 }
 
 
@@ -77,17 +77,19 @@ def in_a_worker(batch):
 def test_workers(method):
     batch = make_step()
     expected = in_a_worker(batch)  # the parent has used the library before
-    plain = [tuple(None if tensor is None else tensor.tolist() for tensor in part) for part in batch]
+    plain = [over_tensors(torch.Tensor.tolist, part) for part in batch]
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(worker_entry, (plain,)) == pytest.approx(expected, rel=1e-5)
 
 
 def worker_entry(plain):
     """Rebuild the batch: tensors travel as numbers, so that no memory is shared."""
-    student, teacher, targets = (
-        tuple(None if value is None else torch.tensor(value) for value in part) for part in plain
-    )
-    return in_a_worker((dkl.DetectorOutput(*student), dkl.DetectorOutput(*teacher), dkl.Targets(*targets)))
+
+    def rebuilt(record):
+        fields = (rebuilt(value) if isinstance(value, tuple) else value for value in record)
+        return type(record)(*(torch.tensor(value) if isinstance(value, list) else value for value in fields))
+
+    return in_a_worker(rebuilt(record) for record in plain)
 
 
 def test_threads():

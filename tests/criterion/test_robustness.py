@@ -109,7 +109,13 @@ def test_saturated_logits_in_half_precision(preset, dtype, heads):
 def test_boxes_of_any_numbers(change, preset):
     student, teacher, targets = make_step()
     for odd in (
-        (student._replace(boxes=change(student.boxes), group_boxes=change(student.group_boxes)), teacher, targets),
+        (
+            student._replace(
+                boxes=change(student.boxes), group=student.group._replace(boxes=change(student.group.boxes))
+            ),
+            teacher,
+            targets,
+        ),
         (student, teacher._replace(boxes=change(teacher.boxes)), targets),
         (student, teacher, targets._replace(boxes=change(targets.boxes))),
     ):

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 import detr_kd_losses as dkl
 from detr_convention.adapter import (
     KEY,
-    TERMS,
     DetrReader,
     DistillationCriterion,
     Reader,
@@ -69,8 +68,8 @@ class TestDetrReader:
 
     def test_own_queries_reproduce_the_predictions(self, read: Any) -> None:
         output = read[2]
-        assert_close(output.group_logits, output.logits, **EXACT)
-        assert_close(output.group_boxes, output.boxes, **EXACT)
+        assert_close(output.group.logits, output.logits, **EXACT)
+        assert_close(output.group.boxes, output.boxes, **EXACT)
         assert output.queries.shape == (3, 4, 12, 32)
         assert output.logits.std(2).amax() > 1e-2, "a test of queries needs queries that differ"
 
@@ -107,9 +106,9 @@ class TestDetrReader:
                 results.append(model.class_embed(states))
         masked, unmasked = results
         assert_close(masked[:, :, :12], output.logits, rtol=0, atol=1e-5)
-        assert_close(masked[:, :, 12:], replayed.group_logits, rtol=0, atol=1e-5)
+        assert_close(masked[:, :, 12:], replayed.group.logits, rtol=0, atol=1e-5)
         assert (unmasked[:, :, :12] - output.logits).abs().max() > 1e-2, "the mask must matter"
-        assert (unmasked[:, :, 12:] - replayed.group_logits).abs().max() > 1e-2, "the mask must matter"
+        assert (unmasked[:, :, 12:] - replayed.group.logits).abs().max() > 1e-2, "the mask must matter"
 
 
 class TestAttached:
@@ -130,7 +129,7 @@ class TestAttached:
         assert_close({name: actual[name] for name in expected}, expected, rtol=0, atol=0)
         student_output, teacher_output = actual[KEY]
         assert student_output.logits.shape == (3, 4, 12, NUM_CLASSES)
-        assert student_output.group_logits.shape == (3, 4, 20, NUM_CLASSES)
+        assert student_output.group.logits.shape == (3, 4, 20, NUM_CLASSES)
         assert teacher_output.logits.shape == (4, 4, 20, NUM_CLASSES)
 
     def test_evaluation_and_checkpoints_are_plain(self, student: StandIn) -> None:
@@ -153,7 +152,7 @@ class TestAttached:
         losses, expected = criterion(student(images), targets), SetCriterion(layers=3)(plain(images), targets)
         assert_close({name: losses[name] for name in expected}, expected, rtol=0, atol=0)
         new = losses.keys() - expected.keys()
-        assert new == {f"loss_kd_{term}" for term in (TERMS if reader is DetrReader else TERMS[:3])}
+        assert new == set(criterion.distillation.names[: None if reader is DetrReader else 3])
         assert all(criterion.weight_dict[name] == 1 for name in new)
         assert SetCriterion(layers=3).weight_dict.items() <= criterion.weight_dict.items()
 
@@ -198,7 +197,7 @@ class TestAttached:
             criterion(self.plain(images), targets)
         wide = stand_in(2, channels=64)
         attach_teacher(self.plain, wide, reader=DetrReader)
-        with pytest.raises(ValueError, match=r"must have 32 channels .*, got 64; .* weight_query_group=0"):
+        with pytest.raises(ValueError, match=r"must have 32 channels .*, got 64; .* leave QueryGroupTerm out"):
             self.plain(images)
 
 
@@ -210,7 +209,7 @@ def test_engine_trains_300_queries_under_900() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     images, targets = batch()
     history = train_one_epoch(student, criterion, [(images[:1], targets[:1])] * 6, optimizer)
-    assert {f"loss_kd_{term}" for term in TERMS} <= history[0].keys()
+    assert set(criterion.distillation.names) <= history[0].keys()
     first, last = (sum(term for name, term in step.items() if "kd" in name) for step in (history[0], history[-1]))
     assert last < 0.8 * first
 
@@ -218,7 +217,7 @@ def test_engine_trains_300_queries_under_900() -> None:
 def test_projections_of_another_width_are_learned() -> None:
     student, teacher = stand_in(0), stand_in(1, channels=64)
     attach_teacher(student, teacher, reader=DetrReader, query_group=False)
-    distillation = dkl.DETRDistillationLoss(student_channels=32, teacher_channels=64)
+    distillation = dkl.DETRDistillationLoss([dkl.FeatureTerm(32, 64)])
     before = copy.deepcopy(distillation.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     learn_projections(optimizer, distillation)
@@ -231,7 +230,7 @@ def step_of_gradient_descent(images: Tensor, targets: list[dict[str, Tensor]], r
     """How one step at learning rate 1 moves every weight; with a rank, in that process of several."""
     student, teacher = stand_in(0), stand_in(1, queries=20, channels=64)
     torch.manual_seed(2)
-    distillation = dkl.DETRDistillationLoss(student_channels=32, teacher_channels=64)
+    distillation = dkl.DETRDistillationLoss([dkl.FeatureTerm(32, 64)])
     attach_teacher(student, teacher, reader=DetrReader, query_group=False)
     criterion = DistillationCriterion(SetCriterion(layers=3), distillation)
     learned = {**dict(student.named_parameters()), **dict(distillation.named_parameters())}

@@ -40,7 +40,7 @@ def test_same_outputs_and_gradients_as_projecting_again(family: str) -> None:
         if not keep:
             forget(tap)
         output = tap.output(group=teacher_tap.query_group())
-        predictions = (output.logits, output.boxes, output.group_logits, output.group_boxes)
+        predictions = (output.logits, output.boxes, output.group.logits, output.group.boxes)
         sum(tensor.square().sum() for tensor in predictions).backward()
         gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
         results.append((predictions, gradients))
@@ -95,7 +95,7 @@ def test_nothing_is_kept_of_checkpointed_layers(family: str) -> None:
     with Tap(model) as tap:
         model(**zoo.images(model))
     assert tap.call.projections == {}
-    tap.output(group=tap.query_group()).group_logits.sum().backward()
+    tap.output(group=tap.query_group()).group.logits.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -129,7 +129,7 @@ def test_of_two_calls_the_last_is_replayed(family: str) -> None:
         model(**zoo.images(model, seed=1))
     assert len(tap.call.projections) == zoo.LAYERS * len(tap.family.memory_projections)
     output = tap.output(group=tap.query_group())
-    assert_close(output.group_logits, output.logits, **EXACT)
+    assert_close(output.group.logits, output.logits, **EXACT)
 
 
 @projecting

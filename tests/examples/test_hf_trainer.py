@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="the Hugging Face trainer needs acceler
 import transformers
 
 import detr_kd_losses as dkl
-from detr_kd_losses.schedules import stop_after
+from detr_kd_losses.training.schedules import stop_after
 from hf_transformers.coco_shapes import CLASSES, CocoDetection, collate, make_shapes
 from hf_transformers.train import rt_detr, training_arguments
 from hf_transformers.trainer import DistillationTrainer
@@ -235,5 +235,5 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
                 step[name], expected, rtol=0, atol=1e-5 + 1e-4 * scale, msg=lambda text, name=name: f"{name}: {text}"
             )
     moved = [name for name, step in joined.items() if step.any()]
-    assert any(name.startswith("0.feature") for name in moved), "the projection of the features learns"
+    assert any(name.startswith("0.terms.feature") for name in moved), "the projection of the features learns"
     assert any(name.startswith("1.maps") for name in moved), "the projection of the queries learns"

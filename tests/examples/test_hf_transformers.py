@@ -76,8 +76,8 @@ def test_replay_of_own_queries_reproduces_the_predictions(family: str) -> None:
     with Tap(model) as tap:
         model(**zoo.images(model))
     output = tap.output(group=tap.query_group())
-    assert_close(output.group_logits, output.logits, **EXACT)
-    assert_close(output.group_boxes, output.boxes, **EXACT)
+    assert_close(output.group.logits, output.logits, **EXACT)
+    assert_close(output.group.boxes, output.boxes, **EXACT)
 
 
 @families
@@ -101,15 +101,15 @@ def test_replay_equals_concatenation_under_a_block_mask(family: str) -> None:
     with self_attention_within(student, sizes):
         masked = tap.replay(both)
     for actual, mine, teachers in (
-        (masked.logits, output.logits, output.group_logits),
-        (masked.boxes, output.boxes, output.group_boxes),
+        (masked.logits, output.logits, output.group.logits),
+        (masked.boxes, output.boxes, output.group.boxes),
     ):
         assert_close(actual[:, :, : sizes[0]], mine, **EXACT)
         assert_close(actual[:, :, sizes[0] :], teachers, **EXACT)
 
     unmasked = tap.replay(both)
     assert (unmasked.logits[-1, :, : sizes[0]] - output.logits[-1]).abs().max() > CONTROL, "the mask must matter"
-    assert (unmasked.logits[-1, :, sizes[0] :] - output.group_logits[-1]).abs().max() > CONTROL, "the mask must matter"
+    assert (unmasked.logits[-1, :, sizes[0] :] - output.group.logits[-1]).abs().max() > CONTROL, "the mask must matter"
 
 
 @contextmanager
@@ -198,13 +198,15 @@ def test_distils_across_width_depth_and_number_of_queries(family: str, preset: s
     more = {"two_stage_num_proposals": 20} if family == "deformable_two_stage" else {}
     teacher = zoo.build(family, seed=1, width=128, decoder_layers=4, num_queries=20, **more).requires_grad_(False)
     student = zoo.build(family).train()
-    projection, loss = QueryProjection(student, teacher), distillation_loss(student, teacher, preset=preset)
+    projection, loss = QueryProjection(student, teacher), distillation_loss(student, teacher)
+    loss.terms["logits"].matching = "joint" if preset == "official" else "positives_first"
+    loss.terms["feature"].variant = preset
     with Tap(teacher) as teacher_tap:
         teacher(**zoo.images(teacher))
     teacher_output, group = teacher_tap.output(), projection(teacher_tap.query_group())
     targets = seen_by(teacher_output)
     output = run(student, group=group, **zoo.images(student), labels=targets)[1]
-    assert output.group_logits.shape[:3] == (zoo.LAYERS, 2, 20)
+    assert output.group.logits.shape[:3] == (zoo.LAYERS, 2, 20)
     terms = loss(output, teacher_output, dkl.pad_targets(targets))
     assert len(terms) == 7
     sum(terms.values()).backward()
@@ -237,7 +239,7 @@ def test_families_with_the_same_kind_of_queries_teach_each_other(student: str, t
 
 def test_softmax_teacher_of_a_sigmoid_student() -> None:
     student, teacher = zoo.build("deformable"), zoo.build("detr", seed=1)
-    loss = distillation_loss(student, teacher, weight_feature=0, weight_query_group=0)
+    loss = distillation_loss(student, teacher, terms=[dkl.LogitsTerm()])
     with torch.no_grad():
         outputs = [run(model, **zoo.images(model))[1] for model in (student, teacher)]
     assert outputs[1].logits.shape[-1] == outputs[0].logits.shape[-1] + 1
@@ -302,7 +304,7 @@ class TestMistakes:
 
     def test_queries_of_another_kind(self) -> None:
         tap, group = self.groups("deformable", "detr")
-        with pytest.raises(ValueError, match=r"teacher with the same kind of queries; .* weight_query_group=0"):
+        with pytest.raises(ValueError, match=r"teacher with the same kind of queries; .* QueryGroupTerm out"):
             tap.replay(group)
 
     def test_queries_of_another_width(self) -> None:
@@ -312,7 +314,7 @@ class TestMistakes:
 
     def test_points_for_boxes(self) -> None:
         tap, group = self.groups("deformable_two_stage", "deformable")
-        with pytest.raises(ValueError, match=r"`reference_points` .* 4 channels .*, got 2; set weight_query_group=0"):
+        with pytest.raises(ValueError, match=r"`reference_points` .* 4 channels .*, got 2; leave QueryGroupTerm out"):
             tap.replay(group)
 
     def test_another_batch(self) -> None:
@@ -335,7 +337,7 @@ class TestMistakes:
 
     def test_layer_that_the_teacher_has_not(self) -> None:
         student, teacher = zoo.build("detr"), zoo.build("detr", seed=1)
-        loss = distillation_loss(student, teacher, stage_map=[1, 2, 3])
+        loss = distillation_loss(student, teacher, terms=[dkl.LogitsTerm(stage_map=[1, 2, 3])])
         outputs = [run(model, **zoo.images(model))[1] for model in (student, teacher)]
         with pytest.raises(ValueError, match=r"`stage_map` must have stages in \[-3, 3\), got \[1, 2, 3\]"):
             loss(*outputs, dkl.pad_targets(zoo.labels()))

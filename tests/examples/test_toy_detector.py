@@ -133,7 +133,7 @@ def test_the_teachers_queries_leave_the_students_outputs_alone(monkeypatch: pyte
     student, teacher = tiny_detector(num_queries=6), tiny_detector(num_queries=10, seed=1)
     images = shapes.make_shapes(3, 0).normalised()
     alone, together = student(images), student(images, teacher)
-    assert together.group_logits.shape == (2, 3, 10, 8)
+    assert together.group.logits.shape == (2, 3, 10, 8)
     for name in ("logits", "boxes", "queries"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-5, atol=1e-5)
 
@@ -146,7 +146,7 @@ def test_the_teachers_queries_leave_the_students_outputs_alone(monkeypatch: pyte
 def test_the_query_group_teaches_the_student_and_not_the_teacher() -> None:
     student, teacher = tiny_detector(num_queries=6), tiny_detector(num_queries=10, seed=1)
     output = student(shapes.make_shapes(3, 0).normalised(), teacher)
-    (output.group_logits.sum() + output.group_boxes.sum()).backward()
+    (output.group.logits.sum() + output.group.boxes.sum()).backward()
     assert student.decoder[0].self_attention.in_proj_weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())
 

@@ -11,6 +11,7 @@ from detr_kd_losses import testing
 
 from support.backends import RUNNABLE
 from support.registry import LOSSES
+from support.steps import make_criterion
 
 
 def applied(laws, function, *skipped, **options):
@@ -47,7 +48,7 @@ def test_a_loss_obeys(law, loss):
 )
 @pytest.mark.parametrize("law", testing.CRITERION_LAWS.values(), ids=str)
 def test_the_criterion_obeys(law, options):
-    law(dkl.DETRDistillationLoss(**options))
+    law(make_criterion(**options))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from detr_kd_losses import target_aware_feature_loss
-from detr_kd_losses.losses import _comparison
-from detr_kd_losses.losses._similarity import summarize_queries
+from detr_kd_losses.losses.features import _passes
+from detr_kd_losses.losses.features._similarity import summarize_queries
 
 from support import oracles
 from support.tolerances import assert_close
@@ -60,7 +60,7 @@ def loss_and_gradient(student, teacher, queries, quality, valid, **options):
 
 
 def count_launches():
-    from detr_kd_losses.losses import _feature_kernels
+    from detr_kd_losses.losses.features import _kernels
 
     launches = dict.fromkeys(("compare_cells", "scale_difference"), 0)
 
@@ -73,8 +73,8 @@ def count_launches():
         return call
 
     for name in launches:
-        function = getattr(_feature_kernels, name)
-        setattr(_feature_kernels, name, counted(name, getattr(function, "uncounted", function)))
+        function = getattr(_kernels, name)
+        setattr(_kernels, name, counted(name, getattr(function, "uncounted", function)))
     return launches
 
 
@@ -187,7 +187,7 @@ def test_a_batch_of_gradients(interpreter):
 
 
 def launch(dtype, layout, summary):
-    from detr_kd_losses.losses._feature_kernels import compare_cells, scale_difference
+    from detr_kd_losses.losses.features._kernels import compare_cells, scale_difference
 
     features = torch.empty(2, 256, 50, 84, dtype=dtype).contiguous(memory_format=layout)
     compare_cells(features, features, summary)
@@ -195,9 +195,9 @@ def launch(dtype, layout, summary):
 
 
 def test_no_register_is_spilled(compiler):
-    from detr_kd_losses.losses import _feature_kernels
+    from detr_kd_losses.losses.features import _kernels
 
-    kernels = [compiler.watch(getattr(_feature_kernels, name)) for name in ("_compare_cells", "_scale_difference")]
+    kernels = [compiler.watch(getattr(_kernels, name)) for name in ("_compare_cells", "_scale_difference")]
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):
             for variant, queries in (("official", 300), ("paper", 2), ("paper", 10), ("paper", 300)):
@@ -208,10 +208,10 @@ def test_no_register_is_spilled(compiler):
 
 
 def test_the_number_of_targets_does_not_matter_to_the_compiler(compiler):
-    from detr_kd_losses.losses import _feature_kernels
+    from detr_kd_losses.losses.features import _kernels
 
-    kernel = compiler.watch(_feature_kernels._compare_cells)
-    compiler.watch(_feature_kernels._scale_difference)
+    kernel = compiler.watch(_kernels._compare_cells)
+    compiler.watch(_kernels._scale_difference)
     for queries in (9, 10, 11, 16):
         summary = summarize_queries(torch.empty(6, 2, queries, 256), torch.empty(6, 2, queries), "paper")
         launch(torch.float32, torch.contiguous_format, summary)
@@ -220,7 +220,7 @@ def test_the_number_of_targets_does_not_matter_to_the_compiler(compiler):
 
 def test_the_package_does_not_launch_on_a_cpu():
     case = make_case(SHAPES[0], (2, 6))
-    assert not _comparison._launches(*case[:3])
+    assert not _passes._launches(*case[:3])
 
 
 @needs_cuda

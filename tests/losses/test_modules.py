@@ -148,9 +148,8 @@ def test_projection_learns():
     case["teacher_features"] = [torch.einsum("bchw,dc->bdhw", level, mixing) for level in students]
     module = dkl.TargetAwareFeatureLoss((cases.CHANNELS,) * 2, (cases.CHANNELS,) * 2, normalize="mean").double()
     assert not list(module.parameters())  # equal channels need no projection
-    module.projections = torch.nn.ModuleList(
-        torch.nn.Conv2d(cases.CHANNELS, cases.CHANNELS, 1).double() for _ in students
-    )
+    for level in range(len(students)):
+        module.projections[level] = torch.nn.Conv2d(cases.CHANNELS, cases.CHANNELS, 1).double()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     losses = []
     for _ in range(60):

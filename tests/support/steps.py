@@ -53,14 +53,25 @@ def floating(function):
     return lambda tensor: function(tensor) if tensor.is_floating_point() else tensor
 
 
+def make_criterion(preset="paper", **options):
+    """A preset with other options, each set wherever it is one."""
+    criterion = dkl.DETRDistillationLoss(preset)
+    for name, value in options.items():
+        owners = [module for module in criterion.modules() if name in getattr(module, "rules", ())]
+        assert owners, f"no option {name!r}"
+        for owner in owners:
+            setattr(owner, name, value)
+    return criterion
+
+
 def loss_and_gradients(student, teacher, targets, preset="official", **options):
     """All terms of the criterion, and the gradient of each of the student's tensors."""
-    criterion = dkl.DETRDistillationLoss(preset, **options)
+    criterion = make_criterion(preset, **options)
     leaves = over_tensors(floating(lambda tensor: tensor.detach().clone().requires_grad_()), student)
     losses = criterion(leaves, teacher, targets)
     sum(losses.values()).backward()
     assert set(losses) >= {"loss_kd_class", "loss_kd_feature", "loss_kd_group_class"}
-    grads = {
-        name: getattr(leaves, name).grad for name in ("logits", "boxes", "features", "group_logits", "group_boxes")
-    }
+    tensors = {name: getattr(leaves, name) for name in ("logits", "boxes", "features")}
+    tensors |= {f"group_{name}": tensor for name, tensor in leaves.group._asdict().items()}
+    grads = {name: tensor.grad for name, tensor in tensors.items()}
     return {name: loss.detach() for name, loss in losses.items()}, grads

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
-from detr_kd_losses.diagnostics import (
+from detr_kd_losses.training.diagnostics import (
     assignment_instability,
     loss_magnitudes,
     matched_iou,

@@ -141,8 +141,8 @@ def test_full_size(students, teachers, split):
 @pytest.mark.parametrize(("built", "solved"), [(1, 1), (50, 100), (100, 250)])
 def test_problems_that_do_not_fit_at_once(monkeypatch, built, solved):
     """Built and solved one by one, or a few at a time with a last part of another size."""
-    monkeypatch.setattr("detr_kd_losses.matching._BUILT_AT_ONCE", built)
-    monkeypatch.setattr("detr_kd_losses.matching._SOLVED_AT_ONCE", solved)
+    monkeypatch.setattr("detr_kd_losses.matching.COSTS_BUILT", built)
+    monkeypatch.setattr("detr_kd_losses.matching.COSTS_SOLVED", solved)
     for dtype in TOLERANCES:
         assert_targets_matched(targets_case(stages=3), dtype)
         assert_teacher_matched(teacher_case(stages=3), dtype)
@@ -152,8 +152,8 @@ def test_problems_that_do_not_fit_at_once(monkeypatch, built, solved):
 @pytest.fixture
 def costs_built(monkeypatch):
     """Shapes of the costs that are built, at most 100 entries at a time."""
-    monkeypatch.setattr(matching, "_BUILT_AT_ONCE", 100)
-    monkeypatch.setattr(matching, "_SOLVED_AT_ONCE", 250)
+    monkeypatch.setattr(matching, "COSTS_BUILT", 100)
+    monkeypatch.setattr(matching, "COSTS_SOLVED", 250)
     shapes = []
     for name in ("detection_cost", "distillation_cost", "distillation_costs"):
         function = getattr(matching, name)

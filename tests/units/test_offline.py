@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
-from detr_kd_losses.offline import Geometry, OfflineTeacher, save_predictions
+from detr_kd_losses.training.offline import Geometry, OfflineTeacher, save_predictions
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 LAYERS, BATCH, QUERIES, CLASSES, CHANNELS = 3, 2, 6, 4, 8

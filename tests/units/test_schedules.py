@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detr_kd_losses.schedules import cosine_decay, linear_warmup, stop_after
+from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
 
 unit = st.floats(0, 1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from detr_kd_losses.teacher import FrozenTeacher
+from detr_kd_losses.training.teacher import FrozenTeacher
 
 
 class Holder(nn.Module):

@@ -1,31 +1,29 @@
-"""Linear assignment of batches of problems, by the first backend that can."""
+"""Linear assignment of batches of problems, dispatched to the first backend that supports them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_dtype,
-    check_floating,
-    check_ndim,
-    check_same_device,
-    check_same_shape,
-    full_precision,
+from detr_kd_losses._precision import full_precision
+from detr_kd_losses._validation import (
+    validate_dtype,
+    validate_floating,
+    validate_ndim,
+    validate_same_device,
+    validate_same_shape,
 )
-from detr_kd_losses.assignment._cpu import lapx_backend, scipy_backend
+from detr_kd_losses.assignment._cpu import CpuBackend, lapx_backend, replace_non_finite, scipy_backend
 from detr_kd_losses.assignment._triton import TritonBackend
+from detr_kd_losses.assignment.backend import Backend
 
-if TYPE_CHECKING:
-    from detr_kd_losses.assignment._backend import Backend
+__all__ = ["BACKENDS", "Backend", "CpuBackend", "linear_sum_assignment", "replace_non_finite", "select_backend"]
 
-__all__ = ["assignment_to_indices", "invert_assignment", "linear_sum_assignment", "select_backend"]
-
-# In order of preference on the device that each computes on; whoever has another solver may insert it.
+# The registry, in order of preference on the device that each computes on: add your own here, under a name of its own.
 BACKENDS: dict[str, Backend] = {"triton": TritonBackend(), "lapx": lapx_backend(), "scipy": scipy_backend()}
 
 
@@ -48,7 +46,7 @@ def linear_sum_assignment(
         cost: (..., N, T), any floating dtype; rows and columns in any proportion, 0 included.
         row_mask: (..., N) bool, True = the row takes part. None: all.
         column_mask: (..., T) bool, True = the column takes part. None: all.
-        backend: ``"auto"`` takes the first that can (see :func:`select_backend`), or the name of one.
+        backend: ``"auto"`` takes the first that supports the cost (:func:`select_backend`), or the name of one.
 
     Returns:
         (..., N) int64: the column of each row, -1 = none. Not differentiable.
@@ -69,26 +67,31 @@ def linear_sum_assignment(
     References:
         Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 2016.
     """
-    check_floating("cost", cost)
-    check_ndim("cost", cost, 2, "(..., N, T)")
+    validate_floating("cost", cost)
+    validate_ndim("cost", cost, 2, "(..., N, T)")
     for name, mask, shape in (
         ("row_mask", row_mask, cost.shape[:-1]),
         ("column_mask", column_mask, (*cost.shape[:-2], cost.shape[-1])),
     ):
         if mask is not None:
-            check_dtype(name, mask, torch.bool)
-            check_same_shape(name, mask.shape, "cost", shape, name.replace("_mask", "s"))
-    check_same_device("cost", cost, row_mask=row_mask, column_mask=column_mask)
-    if backend != "auto" and backend not in BACKENDS:
-        msg = f"`backend` must be 'auto' or one of {list(BACKENDS)}, got {backend!r}"
-        raise ValueError(msg)
+            validate_dtype(name, mask, torch.bool)
+            validate_same_shape(name, mask.shape, "cost", shape, name.replace("_mask", "s"))
+    validate_same_device("cost", cost, row_mask=row_mask, column_mask=column_mask)
+    validate_backend("backend", backend)
     solve = torch.ops.detr_kd_losses.linear_sum_assignment
     assignment: Tensor = solve(full_precision(cost.detach()), row_mask, column_mask, backend)
     return assignment
 
 
+def validate_backend(name: str, value: object) -> None:
+    """Raise unless `value` names a backend, or is ``"auto"``."""
+    if value != "auto" and value not in BACKENDS:
+        msg = f"`{name}` must be 'auto' or one of {list(BACKENDS)}, got {value!r}"
+        raise ValueError(msg)
+
+
 def _dispatch(cost: Tensor, row_mask: Tensor | None, column_mask: Tensor | None, backend: str) -> Tensor:
-    """Solve with the backend of that name, or the first that can."""
+    """Solve with the backend of that name, or the first that supports the problems."""
     if cost.shape[:-2].numel() == 0 or 0 in cost.shape[-2:]:
         return cost.new_full(cost.shape[:-1], -1, dtype=torch.int64)
     problems = cost.reshape(-1, *cost.shape[-2:])
@@ -136,8 +139,8 @@ def select_backend(cost: Tensor) -> str:
         >>> select_backend(torch.rand(2, 3, 3)) in ("scipy", "lapx")
         True
     """
-    at_home_first = sorted(BACKENDS.items(), key=lambda item: item[1].device_type != cost.device.type)
-    reasons = {name: solver.unsupported_reasons(cost) for name, solver in at_home_first}
+    same_device_first = sorted(BACKENDS.items(), key=lambda item: item[1].device_type != cost.device.type)
+    reasons = {name: solver.unsupported_reasons(cost) for name, solver in same_device_first}
     for name, against in reasons.items():
         if not against:
             return name
@@ -148,58 +151,3 @@ def _unsupported_message(cost: Tensor, reasons: dict[str, list[str]]) -> str:
     lines = [f"  {name}: {'; '.join(against)}" for name, against in reasons.items()]
     what = f"cost of shape {tuple(cost.shape)}, dtype {cost.dtype}, device {cost.device}"
     return "\n".join([f"no assignment backend supports a {what}", *lines])
-
-
-def invert_assignment(assignment: Tensor, num_columns: int) -> Tensor:
-    """Row of each column, from the column of each row.
-
-    Args:
-        assignment: (..., N) int64, entries in [-1, `num_columns`), none twice but -1.
-        num_columns: T, the number of columns.
-
-    Returns:
-        (..., T) int64: the row of each column, -1 = none.
-
-    Raises:
-        TypeError: If `assignment` is not int64.
-
-    Examples:
-        >>> invert_assignment(torch.tensor([2, -1, 0]), 4).tolist()
-        [2, -1, 0, -1]
-    """
-    check_dtype("assignment", assignment, torch.int64)
-    check_ndim("assignment", assignment, 1, "(..., N)")
-    rows = torch.arange(assignment.shape[-1], device=assignment.device).expand(assignment.shape)
-    # Unassigned rows write to a slot of their own, which is cut off.
-    slots = torch.where(assignment < 0, num_columns, assignment)
-    inverse = assignment.new_full((*assignment.shape[:-1], num_columns + 1), -1)
-    return inverse.scatter(-1, slots, rows)[..., :-1]
-
-
-def assignment_to_indices(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The index lists that DETR criterions take, image by image. Reads the device: for adapters.
-
-    Args:
-        assignment: (B, N) int64, -1 = none.
-
-    Returns:
-        For each image the matched rows in ascending order and their columns, both int64.
-
-    Raises:
-        ValueError: If `assignment` is not (B, N).
-        TypeError: If it is not int64.
-
-    Examples:
-        >>> rows, columns = assignment_to_indices(torch.tensor([[2, -1, 0]]))[0]
-        >>> rows.tolist(), columns.tolist()
-        ([0, 2], [2, 0])
-    """
-    check_dtype("assignment", assignment, torch.int64)
-    if assignment.ndim != 2:
-        msg = f"`assignment` must have shape (B, N), got {tuple(assignment.shape)}"
-        raise ValueError(msg)
-    pairs = []
-    for image in assignment:
-        rows = (image >= 0).nonzero().squeeze(-1)
-        pairs.append((rows, image[rows]))
-    return pairs

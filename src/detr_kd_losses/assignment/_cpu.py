@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
-import scipy.optimize
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
+__all__ = ["CpuBackend", "replace_non_finite"]
 
 Indices = npt.NDArray[np.integer]
 Costs = npt.NDArray[np.floating]
@@ -28,6 +27,19 @@ class CpuBackend:
     """Solves problem by problem on the host; problems that are large enough go to a pool of threads.
 
     A cost on another device is copied to the host, which waits for that device.
+
+    Args:
+        solve_one: Takes one cost matrix (n, t) of NumPy, returns rows and columns of its pairs, as SciPy does; it
+            should release the interpreter lock. Entries may be NaN or infinite: :func:`replace_non_finite`.
+        reasons: Returns why the solver cannot run at all, none if it can.
+
+    Examples:
+        >>> from scipy.optimize import linear_sum_assignment as solve_one
+        >>> from detr_kd_losses.assignment import BACKENDS, linear_sum_assignment
+        >>> BACKENDS["mine"] = CpuBackend(lambda cost: solve_one(replace_non_finite(cost)))
+        >>> linear_sum_assignment(torch.tensor([[4.0, 1.0], [2.0, 0.0]]), backend="mine").tolist()
+        [1, 0]
+        >>> del BACKENDS["mine"]
     """
 
     device_type = "cpu"
@@ -81,10 +93,12 @@ def lapx_backend() -> CpuBackend:
 
 
 def _solve_by_scipy(cost: Costs) -> tuple[Indices, Indices]:
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415  # its import takes longer than all of ours
+
     try:
-        return scipy.optimize.linear_sum_assignment(cost)
+        return linear_sum_assignment(cost)
     except ValueError:  # it has NaN or -inf, or no matching without inf
-        return scipy.optimize.linear_sum_assignment(_replace_non_finite(cost))
+        return linear_sum_assignment(replace_non_finite(cost))
 
 
 def _solve_by_lapx(cost: Costs) -> tuple[Indices, Indices]:
@@ -92,7 +106,7 @@ def _solve_by_lapx(cost: Costs) -> tuple[Indices, Indices]:
 
     if min(cost.shape) < _LAPX_SIZE:
         return _solve_by_scipy(cost)
-    cost = _replace_non_finite(cost)
+    cost = replace_non_finite(cost)
     rows, columns = lap.lapjvr(cost, extend_cost=True, return_cost=False, precision="float64")
     return rows, columns
 
@@ -123,7 +137,7 @@ def _valid(mask: Tensor | None, problems: int) -> list[Valid]:
     ]
 
 
-def _replace_non_finite(cost: Costs) -> Costs:
+def replace_non_finite(cost: Costs) -> Costs:
     """Give NaN and infinite entries a cost at which one of them is dearer than any set of finite ones.
 
     With finite entries scaled to [0, 1] and k pairs, a matching with f non-finite entries of cost k + 1 costs at most

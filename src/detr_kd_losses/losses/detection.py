@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_choice,
-    check_predictions,
-    check_targets_shape,
-    shared_precision,
-)
+from detr_kd_losses._options import WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
+from detr_kd_losses._precision import shared_precision
 from detr_kd_losses._reduction import masked_sum, replica_mean, sum_last
-from detr_kd_losses.losses._module import LossModule
-from detr_kd_losses.losses._pairs import box_terms, check_assignment, check_batched, gather_partners
+from detr_kd_losses._validation import (
+    validate_in_unit_interval,
+    validate_not_negative,
+    validate_predictions,
+    validate_targets_shape,
+)
+from detr_kd_losses.heads import DetectionClassLoss
+from detr_kd_losses.pairs import box_terms, gather_partners, validate_assignment, validate_batched
 
 __all__ = ["DetectionLoss", "detection_loss"]
 
-DetectionClassLoss = Literal["focal", "cross_entropy"]
+RULES: Rules = {
+    "class_loss": one_of("focal", "cross_entropy"),
+    "alpha": validate_in_unit_interval,
+    "gamma": validate_not_negative,
+    "no_object_weight": validate_not_negative,
+    **WEIGHTS,
+    "sync_normalizer": boolean,
+}
 
 
 def detection_loss(
@@ -86,8 +93,8 @@ def detection_loss(
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872.
         Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
     """
-    check_supervision("", logits, boxes, target_labels, target_boxes, target_mask, "assignment", assignment)
-    check_choice("class_loss", class_loss, ("focal", "cross_entropy"))
+    validate_supervision("", logits, boxes, target_labels, target_boxes, target_mask, "assignment", assignment)
+    validate_options(RULES, class_loss=class_loss)
     logits, boxes, target_boxes = shared_precision(logits, boxes, target_boxes)
 
     stages_and_batch = assignment.shape[:-1]
@@ -116,7 +123,7 @@ def detection_loss(
     }
 
 
-def check_supervision(
+def validate_supervision(
     prefix: str,
     logits: Tensor,
     boxes: Tensor,
@@ -128,9 +135,9 @@ def check_supervision(
 ) -> None:
     """Raise unless predictions, targets and assignment fit; `prefix` is that of the predictions' names."""
     name = f"{prefix}logits"
-    check_predictions(prefix, logits, boxes)
-    check_batched(name, logits)
-    check_targets_shape(
+    validate_predictions(prefix, logits, boxes)
+    validate_batched(name, logits)
+    validate_targets_shape(
         target_labels,
         target_boxes,
         target_mask,
@@ -145,7 +152,7 @@ def check_supervision(
             f"got {tuple(target_labels.shape)}"
         )
         raise ValueError(msg)
-    check_assignment(assignment_name, assignment, name, logits)
+    validate_assignment(assignment_name, assignment, name, logits)
 
 
 def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -166,13 +173,15 @@ def _weighted_cross_entropy(
     return sum_last(weight * surprise, 2) / total
 
 
-class DetectionLoss(LossModule):
+class DetectionLoss(OptionModule):
     """Module form of :func:`detection_loss`, with the same options and defaults.
 
     Examples:
         >>> DetectionLoss(class_loss="cross_entropy").no_object_weight
         0.1
     """
+
+    rules = RULES
 
     def __init__(
         self,

@@ -7,30 +7,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_choice,
-    check_dtype,
-    check_positive,
-    check_predictions,
-    check_same_device,
-    check_same_shape,
-    shared_precision,
-)
+from detr_kd_losses._options import HEADS, WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
+from detr_kd_losses._precision import shared_precision
 from detr_kd_losses._reduction import masked_sum, replica_mean, sum_last
-from detr_kd_losses.class_scores import (
-    Activation,
-    ClassMap,
-    LogScores,
-    forget_unknown_classes,
-    log_scores,
-    teacher_log_scores,
+from detr_kd_losses._validation import (
+    validate_both_predictions,
+    validate_not_negative,
+    validate_positive,
 )
-from detr_kd_losses.losses._module import LossModule
-from detr_kd_losses.losses._pairs import box_terms, check_assignment, check_batched, gather_partners
+from detr_kd_losses.heads import Activation, ClassMap, Heads, LogScores, log_scores
+from detr_kd_losses.pairs import (
+    box_terms,
+    gather_partners,
+    validate_assignment,
+    validate_batched,
+    validate_teacher_positive,
+)
 
 __all__ = ["HungarianDistillationLoss", "hungarian_distillation_loss"]
 
 ClassLoss = Literal["kl", "bce"]
+
+RULES: Rules = {
+    "class_loss": one_of("kl", "bce"),
+    **HEADS,
+    "temperature": validate_positive,
+    **WEIGHTS,
+    "weight_negative": validate_not_negative,
+    "weight_negative_class": validate_not_negative,
+    "sync_normalizer": boolean,
+}
 
 
 def hungarian_distillation_loss(
@@ -79,9 +85,9 @@ def hungarian_distillation_loss(
             for a softmax student. ``"bce"``, for sigmoid students: the binary cross-entropy of the public code,
             which has the same gradient and does not vanish when the student equals the teacher.
         student_activation: ``"sigmoid"``, or ``"softmax"`` for a head with "no object" as its last channel.
-        teacher_activation: Likewise. A softmax teacher gives a sigmoid student its class probabilities; a sigmoid
-            teacher gives a softmax student its scores, scaled down where they exceed 1 together, and the rest as
-            "no object".
+        teacher_activation: Head of the teacher. A softmax teacher gives a sigmoid student its class probabilities; a
+            sigmoid teacher gives a softmax student its scores, scaled down where they exceed 1 together, and the rest
+            as "no object".
         class_map: Student class of each teacher class, -1 = dropped (see :func:`map_class_logits`). Student classes
             that the teacher does not know have no class term. None: both have the same classes.
         temperature: T, the divisor of both logits in the class term.
@@ -110,17 +116,12 @@ def hungarian_distillation_loss(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 3-5.
     """
-    check_predictions("student_", student_logits, student_boxes)
-    check_predictions("teacher_", teacher_logits, teacher_boxes)
-    check_same_shape("student_logits", student_logits.shape[:-2], "teacher_logits", teacher_logits.shape[:-2], "(L, B)")
-    check_same_device("student_logits", student_logits, teacher_logits=teacher_logits)
-    check_batched("student_logits", student_logits)
-    check_assignment("assignment", assignment, "student_logits", student_logits)
-    check_choice("class_loss", class_loss, ("kl", "bce"))
-    check_positive("temperature", temperature)
-    if class_loss == "bce" and student_activation == "softmax":
-        msg = "`class_loss` must be 'kl' for a softmax student, got 'bce'"
-        raise ValueError(msg)
+    validate_both_predictions(student_logits, student_boxes, teacher_logits, teacher_boxes, leading="(L, B)")
+    validate_batched("student_logits", student_logits)
+    validate_assignment("assignment", assignment, "student_logits", student_logits)
+    heads = Heads(student_activation, teacher_activation, class_map)
+    validate_options(RULES, class_loss=class_loss, temperature=temperature)
+    validate_class_loss(class_loss, heads)
     student_logits, student_boxes, teacher_logits, teacher_boxes = shared_precision(
         student_logits, student_boxes, teacher_logits, teacher_boxes
     )
@@ -132,9 +133,8 @@ def hungarian_distillation_loss(
     teacher_logits = gather_partners(teacher_logits.detach(), assignment).where(matched, 0.0)
     teacher_boxes = gather_partners(teacher_boxes.detach(), assignment).where(matched, 0.0)
 
-    heads = (student_activation, teacher_activation, class_map)
-    teacher = teacher_log_scores(teacher_logits / temperature, student_logits.shape[-1], *heads)
-    student_logits = forget_unknown_classes(student_logits / temperature, teacher_logits.shape[-1], *heads)
+    teacher = heads.teacher_log_scores(teacher_logits / temperature, student_logits)
+    student_logits = heads.forget_unknown_classes(student_logits / temperature, teacher_logits)
     divergence = _class_divergence(log_scores(student_logits, student_activation), teacher, class_loss)
     distance, overlap = box_terms(student_boxes, teacher_boxes)
 
@@ -153,16 +153,20 @@ def hungarian_distillation_loss(
     }
 
 
+def validate_class_loss(class_loss: ClassLoss, heads: Heads) -> None:
+    """Raise unless the class term is defined for the heads."""
+    heads.validate()
+    if class_loss == "bce" and heads.student == "softmax":
+        msg = "`class_loss` must be 'kl' for a softmax student, got 'bce'"
+        raise ValueError(msg)
+
+
 def _split_pairs(assignment: Tensor, teacher_positive: Tensor | None, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Which student queries (..., N) have a positive and which a negative partner."""
     matched = assignment >= 0
     if teacher_positive is None:
         return matched, torch.zeros_like(matched)
-    check_dtype("teacher_positive", teacher_positive, torch.bool)
-    check_same_shape(
-        "teacher_positive", teacher_positive.shape, "teacher_logits", teacher_logits.shape[:-1], "(..., M)"
-    )
-    check_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
+    validate_teacher_positive(teacher_positive, teacher_logits)
     positive = gather_partners(teacher_positive, assignment) & matched
     return positive, matched & ~positive
 
@@ -180,7 +184,7 @@ def _relative_entropy(log_q: Tensor, log_p: Tensor, class_loss: ClassLoss) -> Te
     return log_p.exp() * ((log_p if class_loss == "kl" else 0.0) - log_q)
 
 
-class HungarianDistillationLoss(LossModule):
+class HungarianDistillationLoss(OptionModule):
     """Module form of :func:`hungarian_distillation_loss`, with the same options and defaults.
 
     Examples:
@@ -190,9 +194,7 @@ class HungarianDistillationLoss(LossModule):
         ['loss_bbox', 'loss_class', 'loss_giou']
     """
 
-    student_activation: Activation
-    teacher_activation: Activation
-    class_map: Tensor | None
+    rules = RULES
 
     def __init__(
         self,
@@ -222,6 +224,7 @@ class HungarianDistillationLoss(LossModule):
             weight_negative_class=weight_negative_class,
             sync_normalizer=sync_normalizer,
         )
+        validate_class_loss(class_loss, Heads(student_activation, teacher_activation))
 
     def forward(
         self,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detr_kd_losses.losses.detection import DetectionClassLoss, DetectionLoss, check_supervision, detection_loss
+from detr_kd_losses.heads import DetectionClassLoss
+from detr_kd_losses.losses.detection import DetectionLoss, detection_loss, validate_supervision
 
 __all__ = ["TeacherAssignedQueryLoss", "query_group_attention_mask", "teacher_assigned_query_loss"]
 
@@ -71,7 +72,7 @@ def teacher_assigned_query_loss(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 10.
     """
-    check_supervision(
+    validate_supervision(
         "group_",
         group_logits,
         group_boxes,

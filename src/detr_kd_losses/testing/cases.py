@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from detr_kd_losses.criterion import DetectorOutput, Targets
+from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets
 from detr_kd_losses.testing.arguments import Arguments, Signature
 from detr_kd_losses.testing.strategies import (
     BOX_KINDS,
@@ -223,8 +223,7 @@ def group_outputs(tensors: Mapping[str, Tensor]) -> tuple[DetectorOutput, Detect
         tensors["student_logits"],
         tensors["student_boxes"],
         features=tensors["student_features"],
-        group_logits=tensors["group_logits"],
-        group_boxes=tensors["group_boxes"],
+        group=Predictions(tensors["group_logits"], tensors["group_boxes"]),
     )
     teacher = DetectorOutput(
         tensors["teacher_logits"],

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detr_kd_losses.criterion import DetectorOutput, Targets
+from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets
 from detr_kd_losses.testing import strategies
 
-__all__ = ["Step", "make_output", "make_step"]
+__all__ = ["CriterionInputs", "make_output", "make_step"]
 
 
-class Step(NamedTuple):
+class CriterionInputs(NamedTuple):
     """The arguments of a criterion."""
 
     student: DetectorOutput
@@ -74,7 +74,7 @@ def make_output(
     def finished(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype).requires_grad_(requires_grad)
 
-    def predictions(queries: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def predictions(queries: int, seed: int) -> Predictions:
         logits, boxes = strategies.make_predictions(
             stages=stages,
             images=images,
@@ -84,22 +84,20 @@ def make_output(
             logit_kind=logit_kind,
             seed=seed,
         )
-        return finished(logits + logit_shift), finished(boxes)
+        return Predictions(finished(logits + logit_shift), finished(boxes))
 
     pyramid = strategies.make_feature_pyramid(
         images=images, channels=channels, height=height, width=width, levels=levels or 1, padded=padded, seed=seed
     )
     features, masks = [finished(level) for level in pyramid.levels], pyramid.padding_masks
     logits, boxes = predictions(queries, seed)
-    group_logits, group_boxes = (None, None) if group is None else predictions(group, seed + 1)
     return DetectorOutput(
         logits,
         boxes,
         queries=finished(strategies.make_logits((stages, images, queries, channels), seed=seed)),
         features=features[0] if levels is None else features,
         padding_mask=None if not padded else masks[0] if levels is None else masks,
-        group_logits=group_logits,
-        group_boxes=group_boxes,
+        group=None if group is None else predictions(group, seed + 1),
     )
 
 
@@ -116,7 +114,7 @@ def make_step(
     seed: int = 0,
     teacher_options: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Step:
+) -> CriterionInputs:
     """A student with a group for all the teacher's queries, a teacher, and padded targets.
 
     Args:
@@ -144,4 +142,4 @@ def make_step(
         images=images, targets=targets, classes=classes, box_kind=options.get("box_kind", "generic"), seed=seed + 20
     )
     mask = truth.mask if counts is None else torch.arange(targets) < torch.tensor(counts).unsqueeze(-1)
-    return Step(student, teacher, truth._replace(boxes=truth.boxes.to(dtype), mask=mask))
+    return CriterionInputs(student, teacher, truth._replace(boxes=truth.boxes.to(dtype), mask=mask))

@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from detr_kd_losses.boxes import box_xyxy_to_cxcywh
-from detr_kd_losses.criterion import Targets
+from detr_kd_losses.outputs import Predictions, Targets
 
 __all__ = [
     "BOX_KINDS",
@@ -49,13 +49,6 @@ SEEDS = st.integers(0, 2**16)
 SIZES = st.integers(1, 4)
 # Duals this large, and slacks of 1, are whole numbers that float32 holds and float16 does not.
 _LARGEST_DUAL = 2**18
-
-
-class Predictions(NamedTuple):
-    """Logits (L, B, N, C) and cxcywh boxes (L, B, N, 4) of a detector."""
-
-    logits: Tensor
-    boxes: Tensor
 
 
 class FeaturePyramid(NamedTuple):

@@ -20,28 +20,28 @@ ARGUMENTS = make_criterion_arguments(stages=2, images=2, classes=3, students=5, 
 def group_follows_teacher(max_examples):
     """The query group learns the teacher's assignment, whatever its own predictions are."""
     student, teacher, truth = group_outputs(ARGUMENTS.tensors)
-    terms = dkl.DETRDistillationLoss(weight_logits=0, weight_feature=0)(student, teacher, truth)
+    terms = dkl.DETRDistillationLoss([dkl.QueryGroupTerm()])(student, teacher, truth)
     assignment = dkl.match_targets(teacher.logits, teacher.boxes, *truth)
-    own = dkl.teacher_assigned_query_loss(student.group_logits, student.group_boxes, *truth, assignment)
+    own = dkl.teacher_assigned_query_loss(*student.group, *truth, assignment)
     for name, value in own.items():
         torch.testing.assert_close(terms[name.replace("loss_", "loss_kd_group_")], value)
 
 
 MUTANTS = [
     *faults(
-        dkl.DETRDistillationLoss._query_group_loss,
+        dkl.QueryGroupTerm.compute,
         (
             "the group is matched afresh",
-            "(logits, boxes, *targets, assignment)",
-            "(logits, boxes, *targets, match_targets(logits, boxes, *targets))",
+            "assignment = select_stages(step.teacher_assignment, len(logits), stage_map=self.stage_map)",
+            "assignment = step._teacher_matching(step.student.group, step.known_targets, step.heads.student)",
             group_follows_teacher,
         ),
     ),
     *faults(
-        dkl.DETRDistillationLoss._feature_loss,
+        dkl.FeatureTerm.compute,
         (
             "padding of the features is forgotten",
-            "padding_mask=padding_mask",
+            "padding_mask=mask",
             "padding_mask=None",
             criterion("cell_padding"),
         ),

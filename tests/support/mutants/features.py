@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import detr_kd_losses as dkl
-from detr_kd_losses.losses import _comparison, _similarity, features, query_quality
+from detr_kd_losses.losses.features import _passes, _similarity, loss, quality
 from detr_kd_losses.testing.cases import make_detection_arguments, make_feature_arguments
 
 from support.mutants.mutant import faults, law_of, oracle
@@ -15,13 +15,13 @@ feature = law_of(dkl.target_aware_feature_loss)
 
 MUTANTS = [
     *faults(
-        features.target_aware_feature_loss,
+        loss.target_aware_feature_loss,
         ("padding cells count", "cells.sum()", "torch.ones_like(cells).sum()", feature("cell_padding")),
         ("cells of each replica", "sync=sync_normalizer", "sync=False", feature("replicas")),
         ("levels averaged", "torch.stack(losses).sum()", "torch.stack(losses).mean()", feature("levels_add")),
     ),
     *faults(
-        features._loss_weight,
+        loss._loss_weight,
         ("stages averaged", "else weight).sum(0)", "else weight).mean(0)", feature("stages_add", normalize="mean")),
         (
             "official mask not squared",
@@ -30,13 +30,13 @@ MUTANTS = [
             oracle("target_aware_feature_loss", FEATURES, variant="official"),
         ),
     ),
-    *faults(_comparison._Comparison.backward, ("half a gradient", "2 * grad", "grad", feature("gradients"))),
+    *faults(_passes._Comparison.backward, ("half a gradient", "2 * grad", "grad", feature("gradients"))),
     *faults(
-        _comparison._Comparison.forward,
+        _passes._Comparison.forward,
         ("padding has a distance", "if valid is None else", "if True else", feature("cell_padding")),
     ),
     *faults(
-        _comparison._scale_difference,
+        _passes._scale_difference,
         ("padding has a gradient", "if valid is not None", "if False", feature("cell_padding")),
     ),
     *faults(
@@ -64,7 +64,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        query_quality._best_iou,
+        quality._best_iou,
         ("quality of the worst IoU", ".amax(-1)", ".amin(-1)", oracle("query_quality", DETECTION, variant="official")),
     ),
 ]

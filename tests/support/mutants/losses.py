@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import detr_kd_losses as dkl
-from detr_kd_losses import boxes
-from detr_kd_losses.losses import _pairs, detection, logits
+from detr_kd_losses import boxes, pairs
+from detr_kd_losses.losses import detection, logits
 from detr_kd_losses.testing.cases import make_detection_arguments, make_distillation_arguments
 
 from support.mutants.mutant import faults, law_of, oracle
@@ -111,7 +111,7 @@ MUTANTS = [
         logits._relative_entropy, ("no entropy", '"kl" else 0.0', '"bce" else 0.0', distillation("zero_at_teacher"))
     ),
     *faults(
-        _pairs.gather_partners,
+        pairs.gather_partners,
         (
             "partners one off",
             "index = assignment.clamp(min=0)",
@@ -120,7 +120,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        _pairs.box_terms,
+        pairs.box_terms,
         ("L1 of the centres only", "(boxes - partners).abs()", "(boxes - partners).abs()[..., :2]", detection_value),
         (
             "overlap of unconverted boxes",

@@ -34,7 +34,7 @@ def depth(max_examples):
 
 MUTANTS = [
     *faults(
-        _cpu._replace_non_finite,
+        _cpu.replace_non_finite,
         (
             "not finite costs the largest float",
             "finite = np.isfinite(cost)",

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import full_precision_matmul, shared_precision
+from detr_kd_losses._blocks import FEATURES_COMPARED, in_blocks, slices
 from detr_kd_losses._gpu import interprets, is_wrapped, why_no_triton
-from detr_kd_losses.losses._similarity import Kind, QuerySummary, in_blocks, similarities, slices
+from detr_kd_losses._precision import full_precision_matmul, shared_precision
+from detr_kd_losses.losses.features._similarity import Kind, QuerySummary, similarities
 
 __all__: list[str] = []
 
-# Of a temporary on a CPU: 1 MiB in float32.
-_ENTRIES_AT_ONCE = 2**18
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -53,7 +52,7 @@ class _Comparison(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         compare_cells = _compare_cells
         if _launches(student, teacher, rows):
-            from detr_kd_losses.losses._feature_kernels import compare_cells  # noqa: PLC0415
+            from detr_kd_losses.losses.features._kernels import compare_cells  # noqa: PLC0415
         distance, square, similarity = compare_cells(student, teacher, QuerySummary(kind, rows, quality))
         return distance if valid is None else distance.where(valid.flatten(1), 0.0), square, similarity
 
@@ -67,7 +66,7 @@ class _Comparison(torch.autograd.Function):
         student, teacher, valid = ctx.saved_tensors
         scale_difference = _scale_difference
         if _launches(student, teacher, grad):
-            from detr_kd_losses.losses._feature_kernels import scale_difference  # noqa: PLC0415
+            from detr_kd_losses.losses.features._kernels import scale_difference  # noqa: PLC0415
         return scale_difference(student, teacher, valid, 2 * grad), None, None, None, None, None
 
     @staticmethod
@@ -104,8 +103,8 @@ def _blocks(features: Tensor) -> list[tuple[slice, slice]]:
     if not in_blocks(features):
         return [(slice(None), slice(None))]
     if features.stride(1) < features.stride(2):
-        return [(slice(None), part) for part in slices(cells, _ENTRIES_AT_ONCE // max(1, batch * channels))]
-    return [(part, slice(None)) for part in slices(channels, _ENTRIES_AT_ONCE // max(1, batch * cells))]
+        return [(slice(None), part) for part in slices(cells, FEATURES_COMPARED // max(1, batch * channels))]
+    return [(part, slice(None)) for part in slices(channels, FEATURES_COMPARED // max(1, batch * cells))]
 
 
 def _scale_difference(student: Tensor, teacher: Tensor, valid: Tensor | None, factor: Tensor) -> Tensor:

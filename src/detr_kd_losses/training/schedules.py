@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from detr_kd_losses._checks import check_in_unit_interval
+from detr_kd_losses._validation import validate_in_unit_interval
 
 __all__ = ["cosine_decay", "linear_warmup", "stop_after"]
 
@@ -33,8 +33,8 @@ def linear_warmup(progress: float, *, end: float = 0.05) -> float:
         >>> [linear_warmup(progress, end=0.5) for progress in (0.0, 0.25, 0.5, 1.0)]
         [0.0, 0.5, 1.0, 1.0]
     """
-    check_in_unit_interval("progress", progress)
-    check_in_unit_interval("end", end)
+    validate_in_unit_interval("progress", progress)
+    validate_in_unit_interval("end", end)
     return 1.0 if progress >= end else progress / end
 
 
@@ -58,7 +58,7 @@ def cosine_decay(progress: float, *, start: float = 0.0, end: float = 1.0, floor
         [1.0, 1.0, 0.5, 0.0]
     """
     for name, value in (("progress", progress), ("start", start), ("end", end), ("floor", floor)):
-        check_in_unit_interval(name, value)
+        validate_in_unit_interval(name, value)
     if end < start:
         msg = f"`end` must not be before `start` {start!r}, got {end!r}"
         raise ValueError(msg)
@@ -88,6 +88,6 @@ def stop_after(progress: float, *, end: float) -> float:
         >>> [linear_warmup(progress, end=0.1) * stop_after(progress, end=0.9) for progress in (0.0, 0.5, 0.9)]
         [0.0, 1.0, 0.0]
     """
-    check_in_unit_interval("progress", progress)
-    check_in_unit_interval("end", end)
+    validate_in_unit_interval("progress", progress)
+    validate_in_unit_interval("end", end)
     return 1.0 if progress < end else 0.0

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import check_dtype, check_floating, check_ndim, check_same_shape
 from detr_kd_losses._reduction import masked_sum, sum_last
+from detr_kd_losses._validation import validate_dtype, validate_floating, validate_ndim, validate_same_shape
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, paired_box_iou
-from detr_kd_losses.losses._pairs import check_assignment, gather_partners
+from detr_kd_losses.pairs import gather_partners, validate_assignment
 
 __all__ = [
     "LossMagnitude",
@@ -105,9 +105,9 @@ def matched_iou(student_boxes: Tensor, partner_boxes: Tensor, assignment: Tensor
         >>> matched_iou(boxes, boxes, torch.tensor([[0, -1]])).round(decimals=4)
         tensor(1.)
     """
-    check_floating("student_boxes", student_boxes)
-    check_floating("partner_boxes", partner_boxes)
-    check_assignment("assignment", assignment, "student_boxes", student_boxes)
+    validate_floating("student_boxes", student_boxes)
+    validate_floating("partner_boxes", partner_boxes)
+    validate_assignment("assignment", assignment, "student_boxes", student_boxes)
     partners = partner_boxes.detach().expand(*assignment.shape[:-1], *partner_boxes.shape[-2:])
     partners = gather_partners(partners, assignment)
     iou = paired_box_iou(box_cxcywh_to_xyxy(student_boxes.detach()), box_cxcywh_to_xyxy(partners))
@@ -132,9 +132,9 @@ def mean_quality(quality: Tensor, teacher_assignment: Tensor) -> Tensor:
         >>> mean_quality(torch.tensor([[0.5, 0.25, 0.0]]), torch.tensor([[1, 0, -1]]))
         tensor(0.3750)
     """
-    check_floating("quality", quality)
-    check_dtype("teacher_assignment", teacher_assignment, torch.int64)
-    check_same_shape("quality", quality.shape, "teacher_assignment", teacher_assignment.shape, "(..., M)")
+    validate_floating("quality", quality)
+    validate_dtype("teacher_assignment", teacher_assignment, torch.int64)
+    validate_same_shape("quality", quality.shape, "teacher_assignment", teacher_assignment.shape, "(..., M)")
     return _mean(quality.detach(), teacher_assignment >= 0)
 
 
@@ -155,8 +155,8 @@ def positives_per_image(assignment: Tensor) -> Tensor:
         >>> positives_per_image(torch.tensor([[0, 1, -1], [-1, 2, -1]]))
         tensor(1.5000)
     """
-    check_dtype("assignment", assignment, torch.int64)
-    check_ndim("assignment", assignment, 2, "(..., B, N)")
+    validate_dtype("assignment", assignment, torch.int64)
+    validate_ndim("assignment", assignment, 2, "(..., B, N)")
     return (assignment >= 0).sum(-1).float().mean(-1)
 
 
@@ -189,9 +189,9 @@ def assignment_instability(before: Tensor, after: Tensor) -> Tensor:
         Li et al., "DN-DETR", CVPR 2022, arXiv:2203.01305, which counts the changes.
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Fig. 7.
     """
-    check_dtype("before", before, torch.int64)
-    check_dtype("after", after, torch.int64)
-    check_same_shape("before", before.shape, "after", after.shape, "(..., N)")
+    validate_dtype("before", before, torch.int64)
+    validate_dtype("after", after, torch.int64)
+    validate_same_shape("before", before.shape, "after", after.shape, "(..., N)")
     return _mean((before != after).float(), (before >= 0) | (after >= 0))
 
 

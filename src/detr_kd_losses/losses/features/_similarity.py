@@ -9,18 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_kd_losses._checks import full_precision_matmul, shared_precision
-from detr_kd_losses.losses.query_quality import Variant
+from detr_kd_losses._blocks import CELLS_MULTIPLIED, FEATURES_MULTIPLIED, FORM_ROWS, in_blocks, slices
+from detr_kd_losses._precision import full_precision_matmul, shared_precision
+from detr_kd_losses.losses.features.quality import Variant
 
 __all__: list[str] = []
 
 Kind = Literal["directions", "queries", "form"]
-
-# Of a temporary on a CPU: 2 MiB in float32, which stay in the cache.
-_ENTRIES_AT_ONCE = 2**19
-_MIN_CELLS_AT_ONCE = 128
-# Rows of a form that are multiplied at a time: fewer leave out more of the lower triangle, more make better products.
-_FORM_ROWS_AT_ONCE = 64
 
 
 class QuerySummary(NamedTuple):
@@ -118,28 +113,13 @@ def _sums_of_squares(groups: list[tuple[Tensor, Tensor]], cells: Tensor) -> Tens
     return torch.cat(sums, 1)
 
 
-def in_blocks(features: Tensor) -> bool:
-    """Whether to take `features` a block at a time.
-
-    On a CPU temporaries of the size of a feature map take longer to allocate than to fill. A GPU takes all at once, a
-    compiler fuses.
-    """
-    return features.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _cells_at_once(cells: Tensor) -> int:
     """How many of the `cells` (B, D, cells) to multiply at a time."""
     batch, channels, count = cells.shape
-    return max(_MIN_CELLS_AT_ONCE, _ENTRIES_AT_ONCE // max(1, batch * channels)) if in_blocks(cells) else max(1, count)
+    return max(CELLS_MULTIPLIED, FEATURES_MULTIPLIED // max(1, batch * channels)) if in_blocks(cells) else max(1, count)
 
 
 def _form_rows(queries: Tensor) -> list[slice]:
     """Consecutive rows of a form of `queries` (..., D): each needs only the channels from its first one on."""
     channels = queries.shape[-1]
-    return slices(channels, _FORM_ROWS_AT_ONCE if in_blocks(queries) else channels)
-
-
-def slices(stop: int, size: int) -> list[slice]:
-    """Consecutive slices of at most `size` (at least 1) from 0 to `stop`; an empty one where `stop` is 0."""
-    size = max(1, size)
-    return [slice(first, min(first + size, stop)) for first in range(0, max(1, stop), size)]
+    return slices(channels, FORM_ROWS if in_blocks(queries) else channels)

@@ -1,4 +1,4 @@
-"""What a solver of assignment problems must offer."""
+"""What a solver of assignment problems must offer, to be one of the backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__: list[str] = []
+__all__ = ["Backend"]
 
 
 class Backend(Protocol):
@@ -14,6 +14,8 @@ class Backend(Protocol):
 
     The dispatcher has checked shapes and flattened the batch: `cost` is (P, N, T) in float32 or float64, detached,
     with any strides; the masks are (P, N) and (P, T) bool, True = takes part, or None. Any size may be 0.
+
+    A solver of one matrix on the host becomes one by :class:`CpuBackend`.
 
     Attributes:
         device_type: Where it computes, say ``"cuda"``: ``"auto"`` prefers the backends of the device of the cost.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import check_dtype, check_floating, check_targets_shape
+from detr_kd_losses._validation import validate_dtype, validate_floating, validate_targets_shape
 
 __all__ = ["check_finite", "check_targets"]
 
@@ -43,7 +43,7 @@ def check_finite(**tensors: Tensor) -> None:
 (stage 5, image 1, query 7, coordinate 0), the first of 4
     """
     for name, tensor in tensors.items():
-        check_floating(name, tensor)
+        validate_floating(name, tensor)
         wrong = (~torch.isfinite(tensor)).nonzero()
         if len(wrong):
             index = tuple(wrong[0].tolist())
@@ -81,8 +81,8 @@ def check_targets(target_labels: Tensor, target_boxes: Tensor, target_mask: Tens
         Traceback (most recent call last):
         ValueError: `target_labels` must be in [0, 80), got 80 at index (0, 0) (image 0, target 0)
     """
-    check_dtype("target_labels", target_labels, torch.int64)
-    check_targets_shape(
+    validate_dtype("target_labels", target_labels, torch.int64)
+    validate_targets_shape(
         target_labels,
         target_boxes,
         target_mask,

@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_choice,
-    check_dtype,
-    check_floating,
-    check_same_device,
-    check_same_shape,
-    full_precision,
+from detr_kd_losses._precision import full_precision
+from detr_kd_losses._validation import (
+    validate_choice,
+    validate_dtype,
+    validate_floating,
+    validate_same_device,
+    validate_same_shape,
 )
-from detr_kd_losses.losses._similarity import similarities, summarize_queries
-from detr_kd_losses.losses.query_quality import VARIANTS, Variant
+from detr_kd_losses.losses.features._similarity import similarities, summarize_queries
+from detr_kd_losses.losses.features.quality import VARIANTS, Variant
 
 __all__ = ["Normalize", "target_aware_mask"]
 
@@ -68,10 +68,10 @@ def target_aware_mask(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 7 and 9.
     """
-    normalize = check_weighting(variant, normalize)
-    check_features("features", features)
-    check_queries("queries", queries, quality, "features", features)
-    check_padding_mask(padding_mask, "features", features)
+    normalize = resolve_normalize(variant, normalize)
+    validate_features("features", features)
+    validate_queries("queries", queries, quality, "features", features)
+    validate_padding_mask(padding_mask, "features", features)
     tiny = torch.finfo(torch.float32).tiny
     weight = weight_maps(
         similarities(features, summarize_queries(queries, quality, variant)),
@@ -123,41 +123,41 @@ def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_
     return (weight.sum(-1, keepdim=True) / cells).clamp(min=tiny)
 
 
-def check_features(name: str, features: Tensor) -> None:
+def validate_features(name: str, features: Tensor) -> None:
     """Raise unless `features` are floating and of shape (B, D, H, W)."""
-    check_floating(name, features)
+    validate_floating(name, features)
     if features.ndim != 4:
         msg = f"`{name}` must have shape (B, D, H, W), got {tuple(features.shape)}"
         raise ValueError(msg)
 
 
-def check_weighting(variant: Variant, normalize: Normalize | None) -> Normalize:
+def resolve_normalize(variant: Variant, normalize: Normalize | None) -> Normalize:
     """The normalisation that is meant, after checking both options."""
-    check_choice("variant", variant, VARIANTS)
+    validate_choice("variant", variant, VARIANTS)
     if normalize is None:
         return _DEFAULT_NORMALIZE[variant]
-    check_choice("normalize", normalize, NORMALIZATIONS)
+    validate_choice("normalize", normalize, NORMALIZATIONS)
     return normalize
 
 
-def check_queries(name: str, queries: Tensor, quality: Tensor, features_name: str, features: Tensor) -> None:
+def validate_queries(name: str, queries: Tensor, quality: Tensor, features_name: str, features: Tensor) -> None:
     """Raise unless `queries` (..., B, M, D) and `quality` (..., B, M) fit the features."""
-    check_floating(name, queries)
-    check_floating("quality", quality)
+    validate_floating(name, queries)
+    validate_floating("quality", quality)
     if queries.ndim < 3 or queries.shape[-1] != features.shape[1] or queries.shape[-3] != features.shape[0]:
         msg = (
             f"`{name}` must have shape (B, M, D) or (L, B, M, D) with B and D of `{features_name}` "
             f"{tuple(features.shape)}, got {tuple(queries.shape)}"
         )
         raise ValueError(msg)
-    check_same_shape("quality", quality.shape, name, queries.shape[:-1], "(..., B, M)")
-    check_same_device(features_name, features, **{name: queries, "quality": quality})
+    validate_same_shape("quality", quality.shape, name, queries.shape[:-1], "(..., B, M)")
+    validate_same_device(features_name, features, **{name: queries, "quality": quality})
 
 
-def check_padding_mask(padding_mask: Tensor | None, features_name: str, features: Tensor) -> None:
+def validate_padding_mask(padding_mask: Tensor | None, features_name: str, features: Tensor) -> None:
     """Raise unless `padding_mask` is None or bool (B, H, W) and fits the features."""
     if padding_mask is not None:
-        check_dtype("padding_mask", padding_mask, torch.bool)
+        validate_dtype("padding_mask", padding_mask, torch.bool)
         shape = (features.shape[0], *features.shape[-2:])
-        check_same_shape("padding_mask", padding_mask.shape, features_name, shape, "(B, H, W)")
-        check_same_device(features_name, features, padding_mask=padding_mask)
+        validate_same_shape("padding_mask", padding_mask.shape, features_name, shape, "(B, H, W)")
+        validate_same_device(features_name, features, padding_mask=padding_mask)

@@ -7,23 +7,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import (
-    check_choice,
-    check_in_unit_interval,
-    check_positive,
-    check_predictions,
-    check_targets_shape,
-    shared_precision,
+from detr_kd_losses._options import Rules, validate_options
+from detr_kd_losses._precision import shared_precision
+from detr_kd_losses._validation import (
+    validate_choice,
+    validate_in_unit_interval,
+    validate_positive,
+    validate_predictions,
+    validate_targets_shape,
 )
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, box_iou
-from detr_kd_losses.class_scores import ACTIVATIONS, Activation, log_scores
-from detr_kd_losses.losses._pairs import check_assignment, gather_partners
+from detr_kd_losses.heads import ACTIVATIONS, Activation, log_scores
+from detr_kd_losses.pairs import gather_partners, validate_assignment
 
 __all__ = ["VARIANTS", "Variant", "query_quality"]
 
 Variant = Literal["paper", "official"]
 
 VARIANTS = ("paper", "official")
+QUALITY_RULES: Rules = {"gamma": validate_in_unit_interval, "topk": validate_positive}
 
 
 @torch.no_grad()
@@ -75,8 +77,8 @@ def query_quality(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 8.
     """
-    check_predictions("teacher_", teacher_logits, teacher_boxes)
-    check_targets_shape(
+    validate_predictions("teacher_", teacher_logits, teacher_boxes)
+    validate_targets_shape(
         target_labels,
         target_boxes,
         target_mask,
@@ -84,11 +86,10 @@ def query_quality(
         like=teacher_logits,
         like_name="teacher_logits",
     )
-    check_assignment("teacher_assignment", teacher_assignment, "teacher_logits", teacher_logits)
-    check_in_unit_interval("gamma", gamma)
-    check_positive("topk", topk)
-    check_choice("activation", activation, ACTIVATIONS)
-    check_choice("variant", variant, VARIANTS)
+    validate_assignment("teacher_assignment", teacher_assignment, "teacher_logits", teacher_logits)
+    validate_options(QUALITY_RULES, gamma=gamma, topk=topk)
+    validate_choice("activation", activation, ACTIVATIONS)
+    validate_choice("variant", variant, VARIANTS)
     logits, boxes, target_boxes = shared_precision(teacher_logits, teacher_boxes, target_boxes)
     scores = log_scores(logits, activation).log_p.exp()
     if activation == "softmax":

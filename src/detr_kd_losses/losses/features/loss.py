@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from detr_kd_losses._checks import check_same_device, check_same_shape, full_precision
+from detr_kd_losses._options import OptionModule, Rules, boolean, one_of
 from detr_kd_losses._reduction import replica_mean
-from detr_kd_losses.losses._comparison import Comparison, compare
-from detr_kd_losses.losses._module import LossModule
-from detr_kd_losses.losses._similarity import summarize_queries
-from detr_kd_losses.losses.query_quality import Variant
-from detr_kd_losses.losses.target_aware_mask import (
+from detr_kd_losses._validation import validate_same_device, validate_same_shape
+from detr_kd_losses.losses.features._passes import Comparison, compare
+from detr_kd_losses.losses.features._similarity import summarize_queries
+from detr_kd_losses.losses.features.mask import (
+    NORMALIZATIONS,
     Normalize,
-    check_features,
-    check_padding_mask,
-    check_queries,
-    check_weighting,
+    resolve_normalize,
+    validate_features,
+    validate_padding_mask,
+    validate_queries,
     weight_maps,
 )
+from detr_kd_losses.losses.features.projection import FeatureProjection, Levels, as_levels
+from detr_kd_losses.losses.features.quality import VARIANTS, Variant
 
 __all__ = ["TargetAwareFeatureLoss", "target_aware_feature_loss"]
 
-Levels = Tensor | Sequence[Tensor]
+RULES: Rules = {"variant": one_of(*VARIANTS), "normalize": one_of(None, *NORMALIZATIONS), "sync_normalizer": boolean}
 
 
 def target_aware_feature_loss(
@@ -81,9 +82,9 @@ def target_aware_feature_loss(
     References:
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 6-9.
     """
-    normalize = check_weighting(variant, normalize)
-    students, teachers = _as_levels(student_features), _as_levels(teacher_features)
-    masks: Sequence[Tensor | None] = [None] * len(students) if padding_mask is None else _as_levels(padding_mask)
+    normalize = resolve_normalize(variant, normalize)
+    students, teachers = as_levels(student_features), as_levels(teacher_features)
+    masks: Sequence[Tensor | None] = [None] * len(students) if padding_mask is None else as_levels(padding_mask)
     for name, levels in (("teacher_features", teachers), ("padding_mask", masks)):
         if len(levels) != len(students) or not students:
             msg = (
@@ -92,11 +93,11 @@ def target_aware_feature_loss(
             )
             raise ValueError(msg)
     for student, teacher, valid in zip(students, teachers, masks, strict=True):
-        check_features("student_features", student)
-        check_same_shape("student_features", student.shape, "teacher_features", teacher.shape, "(B, D, H, W)")
-        check_same_device("student_features", student, teacher_features=teacher)
-        check_queries("teacher_queries", teacher_queries, quality, "teacher_features", teacher)
-        check_padding_mask(valid, "teacher_features", teacher)
+        validate_features("student_features", student)
+        validate_same_shape("student_features", student.shape, "teacher_features", teacher.shape, "(B, D, H, W)")
+        validate_same_device("student_features", student, teacher_features=teacher)
+        validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", teacher)
+        validate_padding_mask(valid, "teacher_features", teacher)
     # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
     summary = summarize_queries(teacher_queries.detach(), quality.detach(), variant, add_stages=normalize == "queries")
     losses = []
@@ -120,22 +121,15 @@ def _loss_weight(
     return (weight.square() if variant == "official" else weight).sum(0)
 
 
-def _as_levels(levels: Levels) -> list[Tensor]:
-    return [levels] if isinstance(levels, Tensor) else list(levels)
-
-
-class TargetAwareFeatureLoss(LossModule):
-    """Module form of :func:`target_aware_feature_loss`, which maps the student's features to the teacher's space.
-
-    Levels with other channels than the teacher's go through a learned 1 × 1 convolution, levels of another size
-    through bilinear interpolation. The convolutions are parameters of this Module: give them to the optimizer.
+class TargetAwareFeatureLoss(OptionModule):
+    """Module form of :func:`target_aware_feature_loss`, with the same options and defaults, and a learned projection.
 
     Args:
-        student_channels: Channels of the student's feature map, or one number per level. None: as the teacher's.
-        teacher_channels: Likewise for the teacher.
-        variant: See :func:`target_aware_feature_loss`, as the other options.
-        normalize: See there.
-        sync_normalizer: See there.
+        student_channels: See :class:`FeatureProjection`, which maps the student's features to the teacher's space.
+        teacher_channels: See :class:`FeatureProjection`.
+        variant: ``"paper"`` or ``"official"``.
+        normalize: What the map is divided by (:func:`target_aware_mask`).
+        sync_normalizer: Whether the number of valid cells is averaged over replicas.
 
     Examples:
         >>> loss = TargetAwareFeatureLoss(4, 8)
@@ -145,6 +139,8 @@ class TargetAwareFeatureLoss(LossModule):
         >>> [tuple(parameter.shape) for parameter in loss.parameters()]
         [(8, 4, 1, 1), (8,)]
     """
+
+    rules = RULES
 
     def __init__(
         self,
@@ -156,17 +152,7 @@ class TargetAwareFeatureLoss(LossModule):
         sync_normalizer: bool = True,
     ) -> None:
         super().__init__(variant=variant, normalize=normalize, sync_normalizer=sync_normalizer)
-        students, teachers = _channels(student_channels), _channels(teacher_channels)
-        if len(students) != len(teachers):
-            msg = (
-                "`student_channels` and `teacher_channels` must have one number per level, "
-                f"got {student_channels} and {teacher_channels}"
-            )
-            raise ValueError(msg)
-        self.projections = nn.ModuleList(
-            nn.Identity() if student == teacher else nn.Conv2d(student, teacher, kernel_size=1)
-            for student, teacher in zip(students, teachers, strict=True)
-        )
+        self.projections = FeatureProjection(student_channels, teacher_channels)
 
     def forward(
         self,
@@ -178,39 +164,7 @@ class TargetAwareFeatureLoss(LossModule):
         padding_mask: Levels | None = None,
     ) -> Tensor:
         """See :func:`target_aware_feature_loss`; the student's channels and size may differ."""
-        students, teachers = _as_levels(student_features), _as_levels(teacher_features)
-        if self.projections:
-            if len(students) != len(self.projections):
-                msg = (
-                    f"`student_features` must have the {len(self.projections)} levels that `student_channels` has, "
-                    f"got {len(students)}"
-                )
-                raise ValueError(msg)
-            students = [_project(level, conv) for level, conv in zip(students, self.projections, strict=True)]
-        if len(students) == len(teachers):
-            students = [
-                _resize(student, teacher.shape[-2:]) for student, teacher in zip(students, teachers, strict=True)
-            ]
+        students = self.projections(student_features, teacher_features)
         return target_aware_feature_loss(
-            students, teachers, teacher_queries, quality, padding_mask=padding_mask, **self.options
+            students, teacher_features, teacher_queries, quality, padding_mask=padding_mask, **self.options
         )
-
-
-def _channels(channels: int | Sequence[int] | None) -> list[int]:
-    if channels is None:
-        return []
-    return [channels] if isinstance(channels, int) else list(channels)
-
-
-def _project(features: Tensor, projection: nn.Module) -> Tensor:
-    """Half-precision features meet the parameters in the precision that those have."""
-    if isinstance(projection, nn.Conv2d):
-        features = features.to(projection.weight.dtype)
-    projected: Tensor = projection(features)
-    return projected
-
-
-def _resize(features: Tensor, size: torch.Size) -> Tensor:
-    if features.shape[-2:] == size:
-        return features
-    return F.interpolate(full_precision(features), size=size, mode="bilinear", align_corners=False)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from detr_kd_losses.losses._similarity import QuerySummary
+from detr_kd_losses.losses.features._similarity import QuerySummary
 
 __all__: list[str] = []
 

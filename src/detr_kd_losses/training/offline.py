@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detr_kd_losses._checks import check_boxes, check_choice
+from detr_kd_losses._validation import validate_boxes, validate_choice
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from detr_kd_losses.class_scores import ACTIVATIONS, Activation
-from detr_kd_losses.criterion import DetectorOutput
+from detr_kd_losses.heads import ACTIVATIONS, Activation
+from detr_kd_losses.outputs import DetectorOutput
 
 __all__ = ["Geometry", "OfflineTeacher", "save_predictions"]
 
@@ -83,7 +83,7 @@ class Geometry(NamedTuple):
 
     def move(self, boxes: Tensor) -> Tensor:
         """Move boxes (..., N, 4), cxcywh in [0, 1] of the image, into the view; they may leave it."""
-        check_boxes("boxes", boxes)
+        validate_boxes("boxes", boxes)
         scale = boxes.new_tensor([self.scale_x, self.scale_y])
         shift = boxes.new_tensor([self.shift_x, self.shift_y])
         return torch.cat((boxes[..., :2] * scale + shift, boxes[..., 2:] * scale.abs()), dim=-1)
@@ -177,7 +177,7 @@ class OfflineTeacher:
     """
 
     def __init__(self, folder: str | Path, *, activation: Activation = "sigmoid", features: bool = False) -> None:
-        check_choice("activation", activation, ACTIVATIONS)
+        validate_choice("activation", activation, ACTIVATIONS)
         self.folder = Path(folder)
         self.activation = activation
         self.features = features

@@ -1,0 +1,203 @@
+"""The records that everything else takes: what a detector says of a batch, and what is true of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from detr_kd_losses._validation import (
+    validate_boxes,
+    validate_dtype,
+    validate_predictions,
+    validate_record,
+    validate_same_device,
+    validate_same_shape,
+)
+
+__all__ = ["DetectorOutput", "Predictions", "Targets", "pad_targets"]
+
+Record = TypeVar("Record", bound="Predictions | DetectorOutput | Targets")
+
+
+class Predictions(NamedTuple):
+    """Classes and boxes of some queries.
+
+    Attributes:
+        logits: (L, B, N, C), raw. A softmax head has "no object" as its last channel.
+        boxes: (L, B, N, 4), cxcywh in [0, 1].
+
+    Examples:
+        >>> Predictions(torch.zeros(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
+        Predictions(logits=(6, 2, 300, 80) float32 cpu, boxes=(6, 2, 300, 4) float32 cpu)
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+    def to(self, device: torch.device | str) -> Predictions:
+        """The same on `device`."""
+        return _moved(self, device)
+
+    def __repr__(self) -> str:
+        """Show names, shapes, dtypes and devices, no numbers."""
+        return _described(self)
+
+
+class DetectorOutput(NamedTuple):
+    """What a detector says about a batch, decoder layer by decoder layer.
+
+    Attributes:
+        logits: (L, B, N, C), raw. A softmax head has "no object" as its last channel.
+        boxes: (L, B, N, 4), cxcywh in [0, 1].
+        queries: (L, B, N, D), the decoder's outputs; needed of a teacher for the feature loss.
+        features: (B, D, H, W) or a sequence of levels, for the feature loss.
+        padding_mask: (B, H, W) bool, True = a valid cell, or one per level of `features`. None: all valid.
+        group: A student's predictions for the M queries of the teacher, an extra group of its decoder.
+
+    Examples:
+        >>> output = DetectorOutput(torch.zeros(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
+        >>> output.features is None
+        True
+        >>> output
+        DetectorOutput(logits=(6, 2, 300, 80) float32 cpu, boxes=(6, 2, 300, 4) float32 cpu)
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    queries: Tensor | None = None
+    features: Tensor | Sequence[Tensor] | None = None
+    padding_mask: Tensor | Sequence[Tensor] | None = None
+    group: Predictions | None = None
+
+    def to(self, device: torch.device | str) -> DetectorOutput:
+        """The same on `device`."""
+        return _moved(self, device)
+
+    def __repr__(self) -> str:
+        """Show names, shapes, dtypes and devices, no numbers."""
+        return _described(self)
+
+
+class Targets(NamedTuple):
+    """Ground truths of a batch, padded to the same number.
+
+    Attributes:
+        labels: (B, T) int64, in the student's classes.
+        boxes: (B, T, 4), cxcywh in [0, 1].
+        mask: (B, T) bool, True = a target, False = padding.
+
+    Examples:
+        >>> Targets(torch.tensor([[1]]), torch.rand(1, 1, 4), torch.tensor([[True]]))
+        Targets(labels=(1, 1) int64 cpu, boxes=(1, 1, 4) float32 cpu, mask=(1, 1) bool cpu)
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same on `device`."""
+        return _moved(self, device)
+
+    def __repr__(self) -> str:
+        """Show names, shapes, dtypes and devices, no numbers."""
+        return _described(self)
+
+
+def pad_targets(targets: Iterable[Mapping[str, Tensor]]) -> Targets:
+    """Pad the targets of each image to the largest number in the batch.
+
+    Args:
+        targets: For each image a mapping with ``"labels"`` (T_i,) int64 (or ``"class_labels"``, as transformers calls
+            them) and ``"boxes"`` (T_i, 4) cxcywh in [0, 1].
+
+    Returns:
+        :class:`Targets` with T = max T_i.
+
+    Raises:
+        ValueError: If there is no image, labels are missing, or labels and boxes of an image differ in number.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> images = [{"labels": torch.tensor([3]), "boxes": torch.rand(1, 4)},
+        ...           {"labels": torch.tensor([], dtype=torch.int64), "boxes": torch.rand(0, 4)}]
+        >>> pad_targets(images).mask.tolist()
+        [[True], [False]]
+    """
+    labels, boxes = [], []
+    for index, image in enumerate(targets):
+        key = next((name for name in ("labels", "class_labels") if name in image), None)
+        if key is None or "boxes" not in image:
+            msg = f"`targets[{index}]` must have 'labels' (or 'class_labels') and 'boxes', got {sorted(image)}"
+            raise ValueError(msg)
+        validate_dtype(f"targets[{index}][{key!r}]", image[key], torch.int64)
+        validate_boxes(f"targets[{index}]['boxes']", image["boxes"])
+        validate_same_shape(f"targets[{index}][{key!r}]", image[key].shape, "boxes", image["boxes"].shape[:-1], "(T,)")
+        labels.append(image[key])
+        boxes.append(image["boxes"])
+    if not labels:
+        msg = "`targets` must have at least one image, got none"
+        raise ValueError(msg)
+    pad = nn.utils.rnn.pad_sequence
+    valid = [torch.ones_like(image, dtype=torch.bool) for image in labels]
+    return Targets(pad(labels, batch_first=True), pad(boxes, batch_first=True), pad(valid, batch_first=True))
+
+
+def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
+    """`output`, validated, with a dimension of decoder layers; (B, N, ...) counts as one layer."""
+    validate_record(name, output, DetectorOutput, "DetectorOutput(outputs['pred_logits'], outputs['pred_boxes'])")
+    if output.group is not None:
+        validate_record(f"{name}.group", output.group, Predictions, "Predictions(logits, boxes)")
+        validate_predictions(f"{name}.group.", *output.group)
+    validate_predictions(f"{name}.", output.logits, output.boxes)
+    if output.logits.ndim == 3:
+        queries = None if output.queries is None else output.queries.unsqueeze(0)
+        group = None if output.group is None else Predictions(*(tensor.unsqueeze(0) for tensor in output.group))
+        output = output._replace(
+            logits=output.logits.unsqueeze(0), boxes=output.boxes.unsqueeze(0), queries=queries, group=group
+        )
+    if output.logits.ndim != 4:
+        msg = f"`{name}.logits` must have shape (L, B, N, C) or (B, N, C), got {tuple(output.logits.shape)}"
+        raise ValueError(msg)
+    return output
+
+
+def validate_step(student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> None:
+    """Raise unless the outputs, with stages, and the targets are of the same images and on the same device."""
+    validate_record("targets", targets, Targets, "pad_targets(targets)")
+    validate_same_shape(
+        "student.logits", student.logits.shape[1:2], "teacher.logits", teacher.logits.shape[1:2], "(B,)"
+    )
+    validate_same_device("student.logits", student.logits, **{"teacher.logits": teacher.logits})
+
+
+def _each(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply `function` to a field: a tensor, levels of tensors, a record, or None."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Predictions | DetectorOutput | Targets):
+        return type(value)(*(_each(function, field) for field in value))
+    return [_each(function, level) for level in value] if isinstance(value, list | tuple) else value
+
+
+def _moved(record: Record, device: torch.device | str) -> Record:
+    moved: Record = _each(lambda tensor: tensor.to(device), record)
+    return moved
+
+
+def _described(record: Predictions | DetectorOutput | Targets) -> str:
+    fields = ((name, value) for name, value in zip(record._fields, record, strict=True) if value is not None)
+    shown = (f"{name}={_shown(value)}" for name, value in fields)
+    return f"{type(record).__name__}({', '.join(shown)})"
+
+
+def _shown(value: object) -> str:
+    """Shape, dtype and device of a tensor, of each of several levels, or of what a record holds."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} {value.device}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return repr(value) if isinstance(value, Predictions) else type(value).__name__

@@ -1,0 +1,109 @@
+"""Partners: of what an assignment makes, in either direction, and what every loss over matched pairs needs of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detr_kd_losses._validation import validate_dtype, validate_ndim, validate_same_device, validate_same_shape
+from detr_kd_losses.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
+
+__all__ = ["assignment_to_indices", "invert_assignment"]
+
+
+def validate_assignment(name: str, assignment: Tensor, predictions_name: str, predictions: Tensor) -> None:
+    """Raise unless `assignment` is int64 and has the dimensions (..., N) of `predictions` (..., N, C)."""
+    validate_dtype(name, assignment, torch.int64)
+    validate_same_shape(name, assignment.shape, predictions_name, predictions.shape[:-1], "(..., N)")
+    validate_same_device(predictions_name, predictions, **{name: assignment})
+
+
+def validate_teacher_positive(teacher_positive: Tensor, teacher_logits: Tensor) -> None:
+    """Raise unless `teacher_positive` is bool and has the dimensions (..., M) of `teacher_logits` (..., M, C)."""
+    validate_dtype("teacher_positive", teacher_positive, torch.bool)
+    validate_same_shape(
+        "teacher_positive", teacher_positive.shape, "teacher_logits", teacher_logits.shape[:-1], "(..., M)"
+    )
+    validate_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
+
+
+def validate_batched(name: str, logits: Tensor) -> None:
+    """Raise unless `logits` have a batch dimension, and perhaps stages before it."""
+    if logits.ndim not in (3, 4):
+        msg = f"`{name}` must have shape (L, B, N, C) or (B, N, C), got {tuple(logits.shape)}"
+        raise ValueError(msg)
+
+
+def gather_partners(values: Tensor, assignment: Tensor) -> Tensor:
+    """`values` (..., M) or (..., M, K) in the order of `assignment` (..., N); unmatched queries get entry 0.
+
+    Without partners at all (M = 0) they get zeros.
+    """
+    trailing = values.shape[assignment.ndim :]
+    if values.shape[assignment.ndim - 1] == 0:
+        return values.new_zeros((*assignment.shape, *trailing))
+    index = assignment.clamp(min=0)
+    if trailing:
+        index = index.unsqueeze(-1).expand(*assignment.shape, *trailing)
+    return values.gather(assignment.ndim - 1, index)
+
+
+def box_terms(boxes: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 distance and 1 - GIoU of each box (..., N, 4) and its partner, cxcywh -> two tensors (..., N)."""
+    giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(partners))
+    return (boxes - partners).abs().sum(-1), 1 - giou
+
+
+def invert_assignment(assignment: Tensor, num_columns: int) -> Tensor:
+    """Row of each column, from the column of each row.
+
+    Args:
+        assignment: (..., N) int64, entries in [-1, `num_columns`), none twice but -1.
+        num_columns: T, the number of columns.
+
+    Returns:
+        (..., T) int64: the row of each column, -1 = none.
+
+    Raises:
+        TypeError: If `assignment` is not int64.
+
+    Examples:
+        >>> invert_assignment(torch.tensor([2, -1, 0]), 4).tolist()
+        [2, -1, 0, -1]
+    """
+    validate_dtype("assignment", assignment, torch.int64)
+    validate_ndim("assignment", assignment, 1, "(..., N)")
+    rows = torch.arange(assignment.shape[-1], device=assignment.device).expand(assignment.shape)
+    # Unassigned rows write to a slot of their own, which is cut off.
+    slots = torch.where(assignment < 0, num_columns, assignment)
+    inverse = assignment.new_full((*assignment.shape[:-1], num_columns + 1), -1)
+    return inverse.scatter(-1, slots, rows)[..., :-1]
+
+
+def assignment_to_indices(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The index lists that DETR criterions take, image by image. Reads the device: for adapters.
+
+    Args:
+        assignment: (B, N) int64, -1 = none.
+
+    Returns:
+        For each image the matched rows in ascending order and their columns, both int64.
+
+    Raises:
+        ValueError: If `assignment` is not (B, N).
+        TypeError: If it is not int64.
+
+    Examples:
+        >>> rows, columns = assignment_to_indices(torch.tensor([[2, -1, 0]]))[0]
+        >>> rows.tolist(), columns.tolist()
+        ([0, 2], [2, 0])
+    """
+    validate_dtype("assignment", assignment, torch.int64)
+    if assignment.ndim != 2:
+        msg = f"`assignment` must have shape (B, N), got {tuple(assignment.shape)}"
+        raise ValueError(msg)
+    pairs = []
+    for image in assignment:
+        rows = (image >= 0).nonzero().squeeze(-1)
+        pairs.append((rows, image[rows]))
+    return pairs

@@ -1,0 +1,160 @@
+"""What the terms of one training step share, each part computed once, when a term first asks for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detr_kd_losses._options import WEIGHTS, OptionModule, Rules, one_of
+from detr_kd_losses._precision import full_precision
+from detr_kd_losses._validation import validate_in_unit_interval, validate_not_negative
+from detr_kd_losses.assignment import validate_backend
+from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of
+from detr_kd_losses.matching import match_targets
+from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, validate_step, with_stages
+
+__all__ = ["Step", "TargetMatching"]
+
+_RULES: Rules = {
+    "class_cost": one_of(None, "focal", "softmax"),
+    **WEIGHTS,
+    "alpha": validate_in_unit_interval,
+    "gamma": validate_not_negative,
+    "backend": validate_backend,
+}
+
+
+class TargetMatching(OptionModule):
+    """How predictions are matched to the targets: the options of :func:`match_targets`.
+
+    Args:
+        class_cost: ``"focal"`` for sigmoid heads, ``"softmax"`` for softmax heads. None: as the head asks for.
+        weight_class: Weight of the class cost.
+        weight_bbox: Weight of the L1 distance of the boxes.
+        weight_giou: Weight of the negative GIoU.
+        alpha: Balance of the focal cost.
+        gamma: Focus of the focal cost.
+        backend: Solver, by name (:func:`linear_sum_assignment`).
+
+    Examples:
+        >>> predictions = Predictions(torch.zeros(1, 3, 2), torch.tensor([[[0.1] * 4, [0.5] * 4, [0.9] * 4]]))
+        >>> targets = Targets(torch.tensor([[0]]), torch.full((1, 1, 4), 0.5), torch.tensor([[True]]))
+        >>> TargetMatching(weight_class=1.0)(predictions, targets, "sigmoid").tolist()
+        [[-1, 0, -1]]
+    """
+
+    rules = _RULES
+
+    def __init__(
+        self,
+        *,
+        class_cost: ClassCost | None = None,
+        weight_class: float = 2.0,
+        weight_bbox: float = 5.0,
+        weight_giou: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            class_cost=class_cost,
+            weight_class=weight_class,
+            weight_bbox=weight_bbox,
+            weight_giou=weight_giou,
+            alpha=alpha,
+            gamma=gamma,
+            backend=backend,
+        )
+
+    def forward(self, predictions: Predictions, targets: Targets, activation: Activation) -> Tensor:
+        """The target of each query (..., N), -1 = none, of predictions of a head with that activation."""
+        class_cost = class_cost_of(activation) if self.class_cost is None else self.class_cost
+        return match_targets(*predictions, *targets, **{**self.options, "class_cost": class_cost})
+
+
+class Step:
+    """Outputs of student and teacher for a batch, its targets, and what follows from them.
+
+    Args:
+        student: The student's outputs, with L_S layers and N queries; (B, N, ...) counts as one layer.
+        teacher: The teacher's outputs, with L_T layers and M queries, of the same images.
+        targets: Padded targets of the batch.
+        heads: What the class logits of both mean.
+        teacher_matching: How the teacher is matched to the targets.
+        student_matching: How the student is matched to the targets.
+
+    Raises:
+        ValueError: If shapes or devices do not fit.
+        TypeError: If an argument is not the record that it should be, or a dtype does not fit.
+
+    Examples:
+        >>> targets = Targets(torch.tensor([[1]]), torch.rand(1, 1, 4), torch.tensor([[True]]))
+        >>> teacher = DetectorOutput(torch.randn(6, 1, 9, 3), torch.rand(6, 1, 9, 4))
+        >>> student = DetectorOutput(torch.randn(3, 1, 5, 3), torch.rand(3, 1, 5, 4))
+        >>> step = Step(student, teacher, targets)
+        >>> step.teacher_assignment.shape, step.student_assignment.shape
+        (torch.Size([6, 1, 9]), torch.Size([3, 1, 5]))
+    """
+
+    def __init__(
+        self,
+        student: DetectorOutput,
+        teacher: DetectorOutput,
+        targets: Targets,
+        *,
+        heads: Heads | None = None,
+        teacher_matching: TargetMatching | None = None,
+        student_matching: TargetMatching | None = None,
+    ) -> None:
+        self.student = with_stages("student", student)
+        self.teacher = with_stages("teacher", teacher)
+        self.targets = targets
+        validate_step(self.student, self.teacher, targets)
+        self.heads = Heads() if heads is None else heads
+        self._teacher_matching = TargetMatching() if teacher_matching is None else teacher_matching
+        self._student_matching = TargetMatching() if student_matching is None else student_matching
+        self._teacher_logits: Tensor | None = None
+        self._known_targets: Targets | None = None
+        self._teacher_assignment: Tensor | None = None
+        self._student_assignment: Tensor | None = None
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """The teacher's logits (L_T, B, M, C') in the student's classes and the teacher's own head."""
+        if self._teacher_logits is None:
+            with torch.no_grad():
+                self._teacher_logits = self.heads.in_student_classes(self.teacher.logits, self.student.logits)
+        return self._teacher_logits
+
+    @property
+    def known_targets(self) -> Targets:
+        """The targets of classes that the teacher knows: the others have no part in what it teaches."""
+        if self._known_targets is None:
+            known = self.heads.known_classes(self.teacher.logits, self.student.logits)
+            targets = self.targets
+            if known is not None:
+                labels = targets.labels.where(targets.mask, 0)
+                targets = targets._replace(mask=targets.mask & known[labels])
+            self._known_targets = targets
+        return self._known_targets
+
+    @property
+    def teacher_assignment(self) -> Tensor:
+        """The target (L_T, B, M) of each teacher query, -1 = none."""
+        if self._teacher_assignment is None:
+            teacher = Predictions(self.teacher_logits, self.teacher.boxes)
+            self._teacher_assignment = self._teacher_matching(teacher, self.known_targets, self.heads.teacher)
+        return self._teacher_assignment
+
+    @property
+    def student_assignment(self) -> Tensor:
+        """The target (L_S, B, N) of each student query, -1 = none: that of the student's own detection loss."""
+        if self._student_assignment is None:
+            student = Predictions(self.student.logits, self.student.boxes)
+            self._student_assignment = self._student_matching(student, self.targets, self.heads.student)
+        return self._student_assignment
+
+    @property
+    def zero(self) -> Tensor:
+        """A scalar 0 with a graph, on the student's device."""
+        return full_precision(self.student.logits[..., :0]).sum()
