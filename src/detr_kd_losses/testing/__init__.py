@@ -1,32 +1,45 @@
-"""A kit to property-test losses, matchers and solvers with Hypothesis (extra ``testing``).
+"""A kit to property-test losses, matchers and solvers with Hypothesis (``pip install 'detr-kd-losses[testing]'``).
+
+One call tries all laws, and raises "law broken: <name>: <sentence>" with the smallest calls that show it:
 
     >>> import detr_kd_losses as dkl
-    >>> from detr_kd_losses.testing import check_hungarian_distillation_loss
+    >>> from detr_kd_losses.testing import HUNGARIAN_DISTILLATION_LAWS, check_hungarian_distillation_loss
     >>> check_hungarian_distillation_loss(dkl.hungarian_distillation_loss, max_examples=2)
 
-:mod:`~detr_kd_losses.testing.laws` and :mod:`~detr_kd_losses.testing.assignment_laws` have the laws, by name;
-:mod:`~detr_kd_losses.testing.strategies` what they are tried on.
+In pytest, one line makes a test of each law::
+
+    @pytest.mark.parametrize("law", HUNGARIAN_DISTILLATION_LAWS.values(), ids=str)
+    def test_my_loss_obeys(law):
+        law(my_loss)
+
+What a function is called with stands in :mod:`~detr_kd_losses.testing.signatures`; options are set by
+`functools.partial`. Arguments after ``*`` may be left out: a function that does not take them is tried without them,
+and the laws that need them raise :class:`LawNotApplicable`, which says what to put into ``skip``. A loss that returns a
+scalar is told likewise which laws need its terms by name.
+
+:mod:`~detr_kd_losses.testing.loss_laws` and :mod:`~detr_kd_losses.testing.solver_laws` have the laws,
+:mod:`~detr_kd_losses.testing.law` how to write one, :mod:`~detr_kd_losses.testing.makers` the calls that an error
+names, :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
 """
 
-from detr_kd_losses.testing.assignment_laws import (
-    ASSIGNMENT_LAWS,
-    TARGET_MATCHING_LAWS,
-    TEACHER_MATCHING_LAWS,
+from detr_kd_losses.testing.checks import (
+    check_detection_loss,
+    check_distillation_criterion,
+    check_hungarian_distillation_loss,
     check_linear_sum_assignment,
     check_match_targets,
     check_match_teacher,
+    check_target_aware_feature_loss,
 )
 from detr_kd_losses.testing.law import Law, check_laws
-from detr_kd_losses.testing.laws import (
+from detr_kd_losses.testing.loss_laws import (
     CRITERION_LAWS,
     DETECTION_LAWS,
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
-    check_detection_loss,
-    check_distillation_criterion,
-    check_hungarian_distillation_loss,
-    check_target_aware_feature_loss,
 )
+from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
+from detr_kd_losses.testing.subject import LawNotApplicable
 
 __all__ = [
     "ASSIGNMENT_LAWS",
@@ -37,6 +50,7 @@ __all__ = [
     "TARGET_MATCHING_LAWS",
     "TEACHER_MATCHING_LAWS",
     "Law",
+    "LawNotApplicable",
     "check_detection_loss",
     "check_distillation_criterion",
     "check_hungarian_distillation_loss",

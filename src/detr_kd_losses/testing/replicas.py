@@ -76,5 +76,8 @@ def run_replicas(replicas: Sequence[Callable[[], Answer]]) -> list[Answer]:
     # An error is the cause, and a barrier that it broke the consequence.
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        if isinstance(error, threading.BrokenBarrierError):
+            msg = "some ranks wait for a call of all_reduce that the others never make"
+            raise threading.BrokenBarrierError(msg) from error
         raise error
     return [future.result() for future in futures]

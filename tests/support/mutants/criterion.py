@@ -8,7 +8,8 @@ import torch
 
 import detr_kd_losses as dkl
 from detr_kd_losses import testing
-from detr_kd_losses.testing.cases import group_outputs, make_criterion_arguments
+from detr_kd_losses.testing.makers import make_criterion_arguments
+from detr_kd_losses.testing.signatures import group_outputs
 
 from support.mutants.mutant import faults, law
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import detr_kd_losses as dkl
 from detr_kd_losses.losses.features import _passes, _similarity, loss, quality
-from detr_kd_losses.testing.cases import make_detection_arguments, make_feature_arguments
+from detr_kd_losses.testing.makers import make_detection_arguments, make_feature_arguments
 
 from support.mutants.mutant import faults, law_of, oracle
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import detr_kd_losses as dkl
 from detr_kd_losses import boxes, pairs
 from detr_kd_losses.losses import detection, logits
-from detr_kd_losses.testing.cases import make_detection_arguments, make_distillation_arguments
+from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments
 
 from support.mutants.mutant import faults, law_of, oracle
 

@@ -9,7 +9,7 @@ import torch
 import detr_kd_losses as dkl
 from detr_kd_losses import costs, matching, testing
 from detr_kd_losses.assignment import _cpu
-from detr_kd_losses.testing.cases import make_detection_arguments, make_distillation_arguments
+from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments
 
 from support.mutants.mutant import faults, law, oracle
 

@@ -1,16 +1,14 @@
 """The laws of assignment solvers and matchers, for any callable with the signature of ours.
 
     >>> import detr_kd_losses as dkl
-    >>> check_linear_sum_assignment(dkl.linear_sum_assignment, max_examples=5)
-    >>> check_match_targets(dkl.match_targets, max_examples=5)
+    >>> ASSIGNMENT_LAWS["optimal"](dkl.linear_sum_assignment, max_examples=5)
+    >>> TARGET_MATCHING_LAWS["optimal"](dkl.match_targets, max_examples=5)
 
 Assignments are compared by their cost in float64, never by index: which of several optima a solver finds is its own
 business. Matchers are held to :func:`detection_cost` and :func:`distillation_cost` at their defaults.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -19,17 +17,20 @@ from torch import Tensor
 
 from detr_kd_losses.costs import box_cost, detection_cost, distillation_cost
 from detr_kd_losses.testing.arguments import Arguments
-from detr_kd_losses.testing.cases import cost_arguments, detection_arguments, distillation_arguments
-from detr_kd_losses.testing.law import Check, Function, check_laws, laws_by_name
-from detr_kd_losses.testing.strategies import planted_costs
+from detr_kd_losses.testing.law import Function, law, laws_by_name
+from detr_kd_losses.testing.makers import (
+    cost_arguments,
+    detection_arguments,
+    distillation_arguments,
+    planted_arguments,
+)
+from detr_kd_losses.testing.requirements import require
+from detr_kd_losses.testing.signatures import COSTS, TARGET_MATCHING, TEACHER_MATCHING
 
 __all__ = [
     "ASSIGNMENT_LAWS",
     "TARGET_MATCHING_LAWS",
     "TEACHER_MATCHING_LAWS",
-    "check_linear_sum_assignment",
-    "check_match_targets",
-    "check_match_teacher",
     "check_optimal",
     "pair_costs",
 ]
@@ -38,12 +39,6 @@ __all__ = [
 RESOLUTION = 2.0**-26
 # What may spoil an image: no number, an overflow, a height below 0.
 POISONS = (float("nan"), float("inf"), -float("inf"), -1.0)
-
-
-def require(condition: bool | np.bool_, what: str) -> None:
-    """Raise AssertionError unless `condition`."""
-    if not condition:
-        raise AssertionError(what)
 
 
 def pair_costs(cost: Tensor, assignment: Tensor) -> Tensor:
@@ -107,54 +102,77 @@ def _check_batch(assignment: Tensor, cost: Tensor, rows: Tensor | None = None, c
         check_optimal(assignment[problem], cost[problem], rows[problem], columns[problem])
 
 
-def _solver_optimal(solver: Function, arguments: Arguments) -> None:
+def _answer(function: Function, arguments: Arguments) -> Tensor:
+    answer = arguments.call(function)
+    # SciPy's own solver, for one, returns pairs of indices.
+    require(isinstance(answer, Tensor), f"the answer must be a tensor of partners, got {type(answer).__name__}")
+    assignment: Tensor = answer
+    return assignment
+
+
+# Solvers.
+
+
+@law("optimal", "every problem has a full one-to-one matching of least cost")
+def solver_optimal(solver: Function, arguments: Arguments) -> None:
     masks = (arguments.tensors.get(name) for name in ("row_mask", "column_mask"))
-    _check_batch(arguments.call(solver), arguments["cost"], *masks)
+    _check_batch(_answer(solver, arguments), arguments["cost"], *masks)
 
 
-def _solver_planted(solver: Function, case: tuple[Tensor, Tensor]) -> None:
-    cost, planted = case
+bad_numbers = solver_optimal.on(
+    cost_arguments(kinds=("non_finite",)),
+    name="bad_numbers",
+    sentence="an entry that is not finite is used only if nothing else is left",
+)
+
+
+@law("planted", "an optimum that is alone is found, beside large duals, in float32 too")
+def planted(solver: Function, arguments: Arguments) -> None:
+    cost = arguments.without("planted")
     for dtype in (torch.float64, torch.float32):
-        found = solver(cost.to(dtype))
+        found = _answer(solver, cost.cast(dtype))
         # The optimum is the only one: here the indices must agree.
-        require(torch.equal(found, planted), f"the optimum of this {dtype} cost is {planted}, got {found}")
+        expected = arguments["planted"]
+        require(torch.equal(found, expected), f"the optimum of this {dtype} cost is {expected}, got {found}")
 
 
-def _solver_masks(solver: Function, arguments: Arguments) -> None:
+@law("masks", "what is masked changes nothing, whatever it holds", needs=["row_mask", "column_mask"])
+def masks(solver: Function, arguments: Arguments) -> None:
     cost = arguments["cost"]
     rows = arguments.tensors.get("row_mask", torch.arange(cost.shape[-2]).expand(cost.shape[:-1]) % 2 == 0)
     columns = arguments.tensors.get("column_mask", torch.ones_like(cost[..., 0, :], dtype=torch.bool))
     valid = rows.unsqueeze(-1) & columns.unsqueeze(-2)
     for fill in (float("nan"), -1e30, 1e30):
-        assignment = solver(torch.where(valid, cost, fill), row_mask=rows, column_mask=columns)
-        _check_batch(assignment, cost, rows, columns)
+        filled = arguments.replaced(cost=torch.where(valid, cost, fill), row_mask=rows, column_mask=columns)
+        _check_batch(_answer(solver, filled), cost, rows, columns)
 
 
-def _solver_batch(solver: Function, arguments: Arguments) -> None:
+@law("batch", "one problem, and batch dimensions, are solved as a batch is")
+def batch(solver: Function, arguments: Arguments) -> None:
     one = arguments.entry("B", 0)
-    _solver_optimal(solver, one)
+    solver_optimal.check(solver, one)
     stacked = one.replaced(**{name: torch.stack((tensor, tensor)).unsqueeze(1) for name, tensor in one.tensors.items()})
-    _solver_optimal(solver, stacked)
+    solver_optimal.check(solver, stacked)
 
 
-def _solver_empty(solver: Function, arguments: Arguments) -> None:
+@law("empty", "without rows, columns or problems there is no pair")
+def empty(solver: Function, arguments: Arguments) -> None:
     for axis in ("N", "T", "B"):
-        _solver_optimal(solver, arguments.taken(axis, []))
+        solver_optimal.check(solver, arguments.taken(axis, []))
 
 
-def _deterministic(function: Function, arguments: Arguments) -> None:
-    first, second = (_match(function, arguments) for _ in range(2))
+@law("deterministic", "two runs give the same assignment")
+def deterministic(function: Function, arguments: Arguments) -> None:
+    first, second = (_answer(function, arguments) for _ in range(2))
     require(torch.equal(first, second), f"two runs must agree, got {first} and {second}")
 
 
-# A matcher is called, and its answer judged by the cost of arguments, which may be others than those of the call.
-Judge = Callable[[Tensor, Arguments], None]
-Change = Callable[[Arguments], Arguments]
+# Matchers: called, and the answer judged by the cost of arguments, which may be others than those of the call.
 
 
-def _match(match: Function, arguments: Arguments) -> Tensor:
-    assignment: Tensor = arguments.without("assignment").call(match)
-    return assignment
+def _judge(assignment: Tensor, arguments: Arguments) -> None:
+    of_targets = arguments.signature.partner_axis == "T"
+    (_judge_targets if of_targets else _judge_teacher)(assignment, arguments)
 
 
 def _judge_targets(assignment: Tensor, arguments: Arguments) -> None:
@@ -176,104 +194,82 @@ def _judge_teacher(assignment: Tensor, arguments: Arguments) -> None:
     _check_batch(torch.where(chosen, -1, assignment), location, ~chosen, ~positive)
 
 
-def _optimal(judge: Judge, change: Change = lambda arguments: arguments) -> Check:
-    def check(match: Function, arguments: Arguments) -> None:
-        changed = change(arguments)
-        judge(_match(match, changed), changed)
-
-    return check
+@law("optimal", "every problem has a full one-to-one matching of least cost")
+def optimal(match: Function, arguments: Arguments) -> None:
+    _judge(_answer(match, arguments), arguments)
 
 
-def _query_permutation(judge: Judge) -> Check:
-    def check(match: Function, arguments: Arguments) -> None:
-        judge(_match(match, arguments.permuted("N")).roll(-1, -1), arguments)
-
-    return check
+@law("half_precision", "in half precision it is the optimum of the float32 cost")
+def half_precision(match: Function, arguments: Arguments) -> None:
+    optimal.check(match, arguments.cast(torch.float16))
 
 
-def _partner_permutation(judge: Judge, axis: str) -> Check:
-    def check(match: Function, arguments: Arguments) -> None:
-        partner = _match(match, arguments.permuted(axis))
-        judge(torch.where(partner < 0, partner, (partner - 1) % max(arguments.size(axis), 1)), arguments)
-
-    return check
+@law("query_permutation", "permuting the queries permutes the assignment")
+def query_permutation(match: Function, arguments: Arguments) -> None:
+    _judge(_answer(match, arguments.permuted("N")).roll(-1, -1), arguments)
 
 
-def _target_padding(match: Function, arguments: Arguments) -> None:
+@law("partner_permutation", "permuting the partners renumbers the assignment")
+def partner_permutation(match: Function, arguments: Arguments) -> None:
+    axis = arguments.signature.partner_axis
+    partner = _answer(match, arguments.permuted(axis))
+    _judge(torch.where(partner < 0, partner, (partner - 1) % max(arguments.size(axis), 1)), arguments)
+
+
+@law("target_padding", "padding targets changes nothing, whatever they hold")
+def target_padding(match: Function, arguments: Arguments) -> None:
     for fill in (1e30, float("nan")):
-        _judge_targets(_match(match, arguments.padded("T", fill)), arguments)
+        _judge(_answer(match, arguments.padded("T", fill)), arguments)
 
 
-def _bad_image(judge: Judge) -> Check:
-    def check(match: Function, arguments: Arguments) -> None:
-        for poison in POISONS:
-            bad = {name: arguments[name].clone() for name in arguments.signature.student}
-            for tensor in bad.values():
-                tensor[:, 0, :, -1] = poison  # a class's logit; a box's height
-            assignment = _match(match, arguments.replaced(**bad))
-            judge(assignment, arguments.replaced(**bad))
-            judge(assignment[:, 1:], arguments.taken("B", range(1, arguments.size("B"))))
-
-    return check
-
-
-def _half(arguments: Arguments) -> Arguments:
-    return arguments.cast(torch.float16)
+@law("bad_image", "bad numbers in one image leave the assignment of the others alone")
+def bad_image(match: Function, arguments: Arguments) -> None:
+    for poison in POISONS:
+        spoiled = {name: arguments[name].clone() for name in arguments.signature.student}
+        for tensor in spoiled.values():
+            tensor[:, 0, :, -1] = poison  # a class's logit; a box's height
+        bad = arguments.replaced(**spoiled)
+        assignment = _answer(match, bad)
+        _judge(assignment, bad)
+        _judge(assignment[:, 1:], arguments.taken("B", range(1, arguments.size("B"))))
 
 
-def _matching_laws(judge: Judge, axis: str) -> tuple[tuple[str, str, Check], ...]:
-    return (
-        ("optimal", "every problem has a full one-to-one matching of least cost", _optimal(judge)),
-        ("half_precision", "in half precision it is the optimum of the float32 cost", _optimal(judge, _half)),
-        ("query_permutation", "permuting the queries permutes the assignment", _query_permutation(judge)),
-        ("partner_permutation", "permuting the partners renumbers the assignment", _partner_permutation(judge, axis)),
-        ("bad_image", "bad numbers in one image leave the assignment of the others alone", _bad_image(judge)),
-        ("deterministic", "two runs give the same assignment", _deterministic),
-    )
+@law(
+    "positives_first",
+    "positive teacher queries choose first, the others share what is left by their boxes",
+    needs=["teacher_positive"],
+)
+def positives_first(match: Function, arguments: Arguments) -> None:
+    shape = arguments["teacher_logits"].shape[:-1]
+    every_other = (torch.arange(shape[-1]) % 2 == 0).expand(shape)
+    positive = arguments.tensors.get("teacher_positive", every_other)
+    optimal.check(match, arguments.replaced(teacher_positive=positive))
 
+
+_MATCHING = (optimal, half_precision, query_permutation, partner_permutation, bad_image, deterministic)
 
 TARGET_MATCHING_LAWS = laws_by_name(
-    detection_arguments(),
-    *_matching_laws(_judge_targets, "T"),
-    ("target_padding", "padding targets changes nothing, whatever they hold", _target_padding),
+    TARGET_MATCHING,
+    detection_arguments().map(lambda arguments: arguments.without("assignment")),
+    *_MATCHING,
+    target_padding,
 )
 
-TEACHER_MATCHING_LAWS = laws_by_name(distillation_arguments(), *_matching_laws(_judge_teacher, "M"))
+TEACHER_MATCHING_LAWS = laws_by_name(
+    TEACHER_MATCHING,
+    distillation_arguments().map(lambda arguments: arguments.without("assignment")),
+    *_MATCHING,
+    positives_first,
+)
 
 ASSIGNMENT_LAWS = laws_by_name(
+    COSTS,
     cost_arguments(),
-    ("optimal", "every problem has a full one-to-one matching of least cost", _solver_optimal),
-    (
-        "bad_numbers",
-        "an entry that is not finite is used only if nothing else is left",
-        _solver_optimal,
-        cost_arguments(kinds=("non_finite",)),
-    ),
-    (
-        "planted",
-        "an optimum that is alone is found, beside large duals, in float32 too",
-        _solver_planted,
-        planted_costs(),
-    ),
-    ("masks", "what is masked changes nothing, whatever it holds", _solver_masks, cost_arguments(kinds=("generic",))),
-    ("batch", "one problem, and batch dimensions, are solved as a batch is", _solver_batch),
-    ("empty", "without rows, columns or problems there is no pair", _solver_empty),
-    ("deterministic", "two runs give the same assignment", _deterministic),
+    solver_optimal,
+    bad_numbers,
+    planted.on(planted_arguments()),
+    masks.on(cost_arguments(kinds=("generic",))),
+    batch,
+    empty,
+    deterministic,
 )
-
-
-def check_linear_sum_assignment(
-    solver: Function, *, skip: Collection[str] = (), max_examples: int | None = None
-) -> None:
-    """Check ASSIGNMENT_LAWS by :func:`check_laws`."""
-    check_laws(ASSIGNMENT_LAWS, solver, skip=skip, max_examples=max_examples)
-
-
-def check_match_targets(match: Function, *, skip: Collection[str] = (), max_examples: int | None = None) -> None:
-    """Check TARGET_MATCHING_LAWS by :func:`check_laws`."""
-    check_laws(TARGET_MATCHING_LAWS, match, skip=skip, max_examples=max_examples)
-
-
-def check_match_teacher(match: Function, *, skip: Collection[str] = (), max_examples: int | None = None) -> None:
-    """Check TEACHER_MATCHING_LAWS by :func:`check_laws`."""
-    check_laws(TEACHER_MATCHING_LAWS, match, skip=skip, max_examples=max_examples)

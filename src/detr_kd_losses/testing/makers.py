@@ -1,17 +1,16 @@
-"""The signatures that have laws, and strategies for their arguments."""
+"""Arguments of each signature from sizes, kinds and a seed, and strategies that draw them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from torch import Tensor
 
-from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets
-from detr_kd_losses.testing.arguments import Arguments, Signature
+from detr_kd_losses.testing.arguments import Arguments, remember_call
+from detr_kd_losses.testing.signatures import COSTS, CRITERION, DETECTION, DISTILLATION, FEATURES, PLANTED
 from detr_kd_losses.testing.strategies import (
     BOX_KINDS,
     COST_KINDS,
@@ -22,78 +21,28 @@ from detr_kd_losses.testing.strategies import (
     make_assignment,
     make_costs,
     make_feature_pyramid,
+    make_planted_costs,
     make_predictions,
     make_targets,
 )
 
 __all__ = [
+    "cost_arguments",
+    "criterion_arguments",
+    "detection_arguments",
+    "distillation_arguments",
+    "feature_arguments",
     "make_cost_arguments",
     "make_criterion_arguments",
     "make_detection_arguments",
     "make_distillation_arguments",
     "make_feature_arguments",
+    "make_planted_arguments",
+    "planted_arguments",
 ]
 
-DISTILLATION = Signature(
-    {
-        "student_logits": "LBNC",
-        "student_boxes": "LBNX",
-        "teacher_logits": "LBMC",
-        "teacher_boxes": "LBMX",
-        "assignment": "LBN",
-        "teacher_positive": "LBM",
-    },
-    student=("student_logits", "student_boxes"),
-    partner_axis="M",
-    keywords=("teacher_positive",),
-)
-DETECTION = Signature(
-    {
-        "logits": "LBNC",
-        "boxes": "LBNX",
-        "target_labels": "BT",
-        "target_boxes": "BTX",
-        "target_mask": "BT",
-        "assignment": "LBN",
-    },
-    student=("logits", "boxes"),
-    partner_axis="T",
-)
-FEATURES = Signature(
-    {
-        "student_features": "BDHW",
-        "teacher_features": "BDHW",
-        "teacher_queries": "LBMD",
-        "quality": "LBM",
-        "padding_mask": "BHW",
-    },
-    student=("student_features",),
-    keywords=("padding_mask",),
-)
-# All by keyword: a criterion takes these tensors in tuples, see `group_outputs`.
-_CRITERION_AXES = {
-    "student_logits": "LBNC",
-    "student_boxes": "LBNX",
-    "student_features": "BDHW",
-    "group_logits": "LBMC",
-    "group_boxes": "LBMX",
-    "teacher_logits": "LBMC",
-    "teacher_boxes": "LBMX",
-    "teacher_queries": "LBMD",
-    "teacher_features": "BDHW",
-    "padding_mask": "BHW",
-    "target_labels": "BT",
-    "target_boxes": "BTX",
-    "target_mask": "BT",
-}
-CRITERION = Signature(
-    _CRITERION_AXES,
-    student=("student_logits", "student_boxes", "student_features", "group_logits", "group_boxes"),
-    keywords=tuple(_CRITERION_AXES),
-)
-COSTS = Signature({"cost": "BNT", "row_mask": "BN", "column_mask": "BT"}, keywords=("row_mask", "column_mask"))
 
-
+@remember_call
 def make_distillation_arguments(
     *,
     stages: int,
@@ -124,6 +73,7 @@ def make_distillation_arguments(
     return Arguments(DISTILLATION, tensors)
 
 
+@remember_call
 def make_detection_arguments(
     *,
     stages: int,
@@ -153,6 +103,7 @@ def make_detection_arguments(
     return Arguments(DETECTION, dict(zip(DETECTION.axes, (*predictions, *truth, assignment), strict=True)))
 
 
+@remember_call
 def make_feature_arguments(
     *,
     stages: int,
@@ -179,6 +130,7 @@ def make_feature_arguments(
     return Arguments(FEATURES, tensors | ({"padding_mask": mask} if padded else {}))
 
 
+@remember_call
 def make_criterion_arguments(
     *,
     stages: int,
@@ -217,24 +169,7 @@ def make_criterion_arguments(
     return Arguments(CRITERION, tensors | dict(features.tensors))
 
 
-def group_outputs(tensors: Mapping[str, Tensor]) -> tuple[DetectorOutput, DetectorOutput, Targets]:
-    """The arguments of a criterion as the tuples that it takes."""
-    student = DetectorOutput(
-        tensors["student_logits"],
-        tensors["student_boxes"],
-        features=tensors["student_features"],
-        group=Predictions(tensors["group_logits"], tensors["group_boxes"]),
-    )
-    teacher = DetectorOutput(
-        tensors["teacher_logits"],
-        tensors["teacher_boxes"],
-        queries=tensors["teacher_queries"],
-        features=tensors["teacher_features"],
-        padding_mask=tensors["padding_mask"],
-    )
-    return student, teacher, Targets(tensors["target_labels"], tensors["target_boxes"], tensors["target_mask"])
-
-
+@remember_call
 def make_cost_arguments(
     *, problems: int, rows: int, columns: int, kind: str, ragged: bool, single: bool = False, seed: int = 0
 ) -> Arguments:
@@ -329,3 +264,15 @@ def cost_arguments(*, kinds: Sequence[str] = COST_KINDS) -> SearchStrategy[Argum
         single=st.booleans(),
         seed=SEEDS,
     )
+
+
+@remember_call
+def make_planted_arguments(*, rows: int, columns: int, seed: int = 0) -> Arguments:
+    """A cost with large duals for an assignment solver, and "planted", its only optimum."""
+    cost, planted = make_planted_costs(rows=rows, columns=columns, seed=seed)
+    return Arguments(PLANTED, {"cost": cost, "planted": planted})
+
+
+def planted_arguments() -> SearchStrategy[Arguments]:
+    """Arguments of an assignment solver that have one optimum, which is known."""
+    return st.builds(make_planted_arguments, rows=st.integers(1, 12), columns=st.integers(1, 12), seed=SEEDS)
