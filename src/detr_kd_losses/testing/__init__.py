@@ -3,8 +3,16 @@
 One call tries all laws, and raises "law broken: <name>: <sentence>" with the smallest calls that show it:
 
     >>> import detr_kd_losses as dkl
-    >>> from detr_kd_losses.testing import HUNGARIAN_DISTILLATION_LAWS, check_hungarian_distillation_loss
+    >>> from detr_kd_losses.testing import HUNGARIAN_DISTILLATION_LAWS, check_hungarian_distillation_loss, law_report
     >>> check_hungarian_distillation_loss(dkl.hungarian_distillation_loss, max_examples=2)
+
+Another makes a table of which laws are kept, broken or not applicable:
+
+    >>> report = law_report(HUNGARIAN_DISTILLATION_LAWS, dkl.hungarian_distillation_loss, max_examples=2)
+    >>> print(report)  # doctest: +ELLIPSIS
+    no_pairs             passed          without pairs the loss is 0, with a graph
+    zero_at_teacher      passed          where the student equals the teacher, loss and gradient are 0
+    ...
 
 In pytest, one line makes a test of each law::
 
@@ -38,6 +46,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
+from detr_kd_losses.testing.report import LawReport, Verdict, law_report
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 from detr_kd_losses.testing.subject import LawNotApplicable
 
@@ -51,6 +60,8 @@ __all__ = [
     "TEACHER_MATCHING_LAWS",
     "Law",
     "LawNotApplicable",
+    "LawReport",
+    "Verdict",
     "check_detection_loss",
     "check_distillation_criterion",
     "check_hungarian_distillation_loss",
@@ -59,4 +70,5 @@ __all__ = [
     "check_match_targets",
     "check_match_teacher",
     "check_target_aware_feature_loss",
+    "law_report",
 ]
