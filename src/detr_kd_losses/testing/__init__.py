@@ -30,6 +30,12 @@ scalar is told likewise which laws need its terms by name.
 names, :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
 """
 
+try:
+    import hypothesis as _  # noqa: F401
+except ModuleNotFoundError as error:
+    msg = "detr_kd_losses.testing needs Hypothesis: pip install 'detr-kd-losses[testing]'"
+    raise ModuleNotFoundError(msg, name=error.name) from error
+
 from detr_kd_losses.testing.checks import (
     check_detection_loss,
     check_distillation_criterion,
