@@ -71,7 +71,8 @@ def test_what_is_drawn_has_the_axes_of_its_signature(name):
 
 def test_a_signature_is_printed_as_a_call():
     assert str(signatures.DISTILLATION) == (
-        "(student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C), teacher_boxes (L, B, M, 4), "
+        "(student_logits (L, B, N, C), student_boxes (L, B, N, 4), "
+        "teacher_logits (L, B, M, C), teacher_boxes (L, B, M, 4), "
         "assignment (L, B, N), *, teacher_positive (L, B, M)) -> a dict of scalars by name, or a scalar"
     )
     assert str(signatures.CRITERION).startswith("(student: DetectorOutput, teacher: DetectorOutput, targets: Targets)")
