@@ -20,7 +20,7 @@ from support.registry import TRIALS
 from support.steps import loss_and_gradients, over_tensors
 
 MODULES = {
-    **{name: loss.module(**trial.options) for name, (loss, trial) in TRIALS.items()},
+    **{name: loss.module(**trial.options) for name, (loss, trial) in TRIALS.items() if loss.module},
     "features, projected": dkl.TargetAwareFeatureLoss(3, 4),
     "criterion, projected": dkl.DETRDistillationLoss([dkl.LogitsTerm(), dkl.FeatureTerm([3], [4])]),
 }
