@@ -32,7 +32,7 @@ from detr_kd_losses.step import Step, TargetMatching
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
-from detr_kd_losses.terms.term import Term
+from detr_kd_losses.term import Term
 from detr_kd_losses.training.diagnostics import (
     LossMagnitude,
     assignment_instability,

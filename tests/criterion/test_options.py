@@ -12,15 +12,13 @@ from torch.testing import assert_close
 import detr_kd_losses as dkl
 from detr_kd_losses.testing.replicas import run_replicas
 
+from support.registry import LOSSES
 from support.steps import C, make_output, make_targets, over_tensors
 
-# Where the options of a function are, under the name that they have there. Data is no option.
-HOMES = {
-    dkl.hungarian_distillation_loss: dkl.LogitsTerm,
+# Where the options of the functions beside the losses are.
+HOMES = {loss.function: loss.term for loss in LOSSES.values() if not isinstance(loss.term, str)} | {
     dkl.match_teacher: dkl.LogitsTerm,
-    dkl.target_aware_feature_loss: dkl.FeatureTerm,
     dkl.query_quality: dkl.FeatureTerm,
-    dkl.teacher_assigned_query_loss: dkl.QueryGroupTerm,
     dkl.match_targets: dkl.TargetMatching,
 }
 DATA = {"teacher_positive", "padding_mask"}
@@ -30,55 +28,14 @@ RENAMED = {
     (dkl.match_teacher, "weight_giou"): "cost_giou",
     (dkl.query_quality, "activation"): "teacher_activation",
 }
-# Defaults that differ on purpose: a term of the criterion is of the order of the others and knows its heads.
+# Defaults that differ on purpose: a term is of the order of the others, and knows its heads.
 OTHER_DEFAULTS = {"normalize", "class_loss", "class_cost"}
 
-# For each option another value than its default and, where needed, what else must be set for it to matter.
-ANOTHER = {
+ANOTHER = {loss.term: loss.other_options for loss in LOSSES.values() if not isinstance(loss.term, str)} | {
     dkl.DETRDistillationLoss: {
         "student_activation": "softmax",
         "teacher_activation": "softmax",
         "class_map": [1, 0, 2, 3, 4],
-    },
-    dkl.LogitsTerm: {
-        "weight": 0.5,
-        "prefix": "loss_other_",
-        "matching": "joint",
-        "cost_class": 30.0,
-        "cost_bbox": 0.0,
-        "cost_giou": 30.0,
-        "backend": "counting",
-        "stage_map": "last",
-        "class_loss": "bce",
-        "temperature": 2.0,
-        "weight_class": 2.0,
-        "weight_bbox": 1.0,
-        "weight_giou": 1.0,
-        "weight_negative": 0.5,
-        "weight_negative_class": 0.5,
-        "sync_normalizer": False,
-    },
-    dkl.FeatureTerm: {
-        "weight": 10.0,
-        "prefix": "loss_other_",
-        "variant": "official",
-        "normalize": "mean",
-        "gamma": 0.25,
-        "topk": (5, {"variant": "official"}),
-        "sync_normalizer": False,
-    },
-    dkl.QueryGroupTerm: {
-        "weight": 0.5,
-        "prefix": "loss_other_",
-        "stage_map": "last",
-        "class_loss": ("cross_entropy", {"student_activation": "softmax"}),
-        "alpha": 0.4,
-        "gamma": 1.0,
-        "no_object_weight": (0.5, {"student_activation": "softmax"}),
-        "weight_class": 2.0,
-        "weight_bbox": 1.0,
-        "weight_giou": 1.0,
-        "sync_normalizer": False,
     },
     dkl.TargetMatching: {
         "class_cost": "softmax",
@@ -103,7 +60,7 @@ def make_criterion(owner, **options):
     """A criterion in which the one that owns the options was made with them."""
     heads = {name: options.pop(name) for name in list(options) if name in dkl.DETRDistillationLoss.rules}
     made = {} if owner is dkl.DETRDistillationLoss else {owner: owner(**options)}
-    kinds = (dkl.LogitsTerm, dkl.FeatureTerm, dkl.QueryGroupTerm)
+    kinds = [kind for kind in ANOTHER if issubclass(kind, dkl.Term)]
     matching = {"teacher_matching": made[owner]} if owner is dkl.TargetMatching else {}
     return dkl.DETRDistillationLoss([made.get(kind) or kind() for kind in kinds], **heads, **matching)
 
@@ -144,7 +101,8 @@ def differ(one, other):
 @pytest.mark.parametrize(("owner", "name"), CASES, ids=lambda case: getattr(case, "__name__", case))
 def test_an_option_set_later_equals_one_given_at_the_start(owner, name, counting):
     """And it has an effect: an option that is taken and then ignored fails here."""
-    assert name in ANOTHER[owner], f"give {owner.__name__}.{name} another value in ANOTHER"
+    where = "its loss's `other_options` in tests/support/registry.py"
+    assert name in ANOTHER[owner], f"give {owner.__name__}.{name} another value in {where}"
     value = ANOTHER[owner][name]
     value, others = value if isinstance(value, tuple) else (value, {})
     before = result(make_criterion(owner, **others))

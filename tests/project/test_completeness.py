@@ -71,9 +71,11 @@ def test_an_exported_loss_is_asked_for_all_the_rest():
     assert public_losses(with_half_a_loss().package) == sorted([*public_losses(dkl), "half_loss"])
     assert messages(with_half_a_loss()) == {
         "Module": "`half_loss` is tested without its Module: set `module=dkl.HalfLoss` in tests/support/registry.py",
+        "term": "`half_loss` has no term: write one in src/detr_kd_losses/terms, export it, and set `term=` in "
+        "tests/support/registry.py (or a string that says why there is none)",
         "case": "`half_loss` is not registered: add `Loss(dkl.half_loss, ...)` to LOSSES in tests/support/registry.py",
         "oracle": "`half_loss` has no oracle: write `half_loss` in plain loops in tests/support/oracles/losses.py and "
-        "export it in tests/support/oracles/__init__.py",
+        "name it in `__all__` there",
         "laws": "`half_loss` obeys no law: set `laws=testing.<...>_LAWS` in tests/support/registry.py, with laws for "
         "its signature from src/detr_kd_losses/testing",
         "mutants": "nobody has broken `half_loss`: add `faults(dkl.half_loss, ...)` to tests/support/mutants/losses.py",
@@ -83,7 +85,16 @@ def test_an_exported_loss_is_asked_for_all_the_rest():
 
 
 DETECTION = LOSSES["detection_loss"]
-ENTRY = Loss(half_loss, HalfLoss, DETECTION.wrt, DETECTION.trials, DETECTION.laws, DETECTION.held_to)
+ENTRY = Loss(
+    half_loss,
+    HalfLoss,
+    "it is half a loss",
+    {},
+    DETECTION.wrt,
+    DETECTION.trials,
+    DETECTION.laws,
+    DETECTION.held_to,
+)
 COMPLETE = {
     "registry": {**LOSSES, "half_loss": ENTRY},
     "oracles": SimpleNamespace(half_loss=lambda student_logits: 0.0),
@@ -109,6 +120,13 @@ def registered(**changes):
         ({"package": {"HalfLoss": half_loss}}, "Module", "`half_loss` has no Module: write `HalfLoss`"),
         (registered(module=None), "Module", "set `module=dkl.HalfLoss` in tests/support/registry.py"),
         (registered(module=dkl.DetectionLoss), "Module", "set `module=dkl.HalfLoss`"),
+        (registered(term=None), "term", "`half_loss` has no term: write one in src/detr_kd_losses/terms"),
+        (registered(term=ENTRY.function.__class__), "term", "`half_loss` has no term"),
+        (
+            registered(term=dkl.LogitsTerm),
+            "term",
+            r"`LogitsTerm` has options without a test: give \['weight', 'prefix'",
+        ),
         (registered(trials={}), "case", "`half_loss` has no case: give its entry .* `trials` and `wrt`"),
         (registered(wrt=()), "case", "`half_loss` has no case"),
         (registered(function=dkl.detection_loss), "case", "`half_loss` is not registered"),

@@ -67,6 +67,22 @@ def missing_module(project: Project, name: str) -> str | None:
     return None
 
 
+def missing_term(project: Project, name: str) -> str | None:
+    entry = _entry(project, name)
+    term = None if entry is None else entry.term
+    if isinstance(term, str):
+        return None
+    if term is None or term.__name__ not in project.package.__all__:
+        return (
+            f"`{name}` has no term: write one in src/detr_kd_losses/terms, export it, and set `term=` in "
+            "tests/support/registry.py (or a string that says why there is none)"
+        )
+    without = [option for option in term.rules if option not in entry.other_options]
+    if without:
+        return f"`{term.__name__}` has options without a test: give {without} in `other_options` of its entry"
+    return None
+
+
 def missing_case(project: Project, name: str) -> str | None:
     entry = _entry(project, name)
     if entry is None or entry.function is not getattr(project.package, name, None):
@@ -81,7 +97,7 @@ def missing_oracle(project: Project, name: str) -> str | None:
         return None
     return (
         f"`{name}` has no oracle: write `{name}` in plain loops in tests/support/oracles/losses.py "
-        "and export it in tests/support/oracles/__init__.py"
+        "and name it in `__all__` there"
     )
 
 
@@ -125,6 +141,7 @@ def missing_docstring(project: Project, name: str) -> str | None:
 OWED: dict[str, Callable[[Project, str], str | None]] = {
     "function": missing_function,
     "Module": missing_module,
+    "term": missing_term,
     "case": missing_case,
     "oracle": missing_oracle,
     "laws": missing_laws,

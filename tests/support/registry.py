@@ -41,10 +41,14 @@ class Loss:
     """A public loss function with what the tests need of it.
 
     `wrt` are the arguments that get a gradient, `oracle_names` the arguments that its oracle calls by another name.
+    `term` is the term that has it in the criterion, or says why there is none; `other_options` have for each option of
+    the term another value than its default and, in a tuple, what else must be set for it to matter.
     """
 
     function: Callable
     module: type[nn.Module] | None = None
+    term: type[dkl.Term] | str | None = None
+    other_options: Mapping[str, Any] = field(default_factory=dict)
     wrt: tuple[str, ...] = ()
     trials: Mapping[str, Trial] = field(default_factory=dict)
     laws: Mapping[str, testing.Law] = field(default_factory=dict)
@@ -61,6 +65,7 @@ class Loss:
         return getattr(oracles, self.name)(**renamed)
 
 
+OF_EVERY_TERM = {"weight": 0.5, "prefix": "loss_other_"}
 SOFTMAX = {"student_activation": "softmax", "teacher_activation": "softmax"}
 # What a cross-entropy gives up, which has the teacher's entropy as its least value, and so does a student whose head
 # cannot say what the teacher's does.
@@ -90,6 +95,24 @@ def between_other_heads(**options: Any) -> HeldTo:
 HUNGARIAN_DISTILLATION = Loss(
     dkl.hungarian_distillation_loss,
     dkl.HungarianDistillationLoss,
+    dkl.LogitsTerm,
+    OF_EVERY_TERM
+    | {
+        "matching": "joint",
+        "cost_class": 30.0,
+        "cost_bbox": 0.0,
+        "cost_giou": 30.0,
+        "backend": "counting",
+        "stage_map": "last",
+        "class_loss": "bce",
+        "temperature": 2.0,
+        "weight_class": 2.0,
+        "weight_bbox": 1.0,
+        "weight_giou": 1.0,
+        "weight_negative": 0.5,
+        "weight_negative_class": 0.5,
+        "sync_normalizer": False,
+    },
     wrt=("student_logits", "student_boxes"),
     trials={
         "distillation, kl": distillation_trial(temperature=2.0, weight_negative=0.3),
@@ -117,6 +140,7 @@ HUNGARIAN_DISTILLATION = Loss(
 DETECTION = Loss(
     dkl.detection_loss,
     dkl.DetectionLoss,
+    "it is what a student learns without a teacher",
     wrt=("logits", "boxes"),
     trials={
         "detection, focal": Trial(cases.detection(), {"alpha": 0.4, "gamma": 1.5, "weight_class": 2.0}),
@@ -131,6 +155,19 @@ DETECTION = Loss(
 QUERY_GROUP = Loss(
     dkl.teacher_assigned_query_loss,
     dkl.TeacherAssignedQueryLoss,
+    dkl.QueryGroupTerm,
+    OF_EVERY_TERM
+    | {
+        "stage_map": "last",
+        "class_loss": ("cross_entropy", {"student_activation": "softmax"}),
+        "alpha": 0.4,
+        "gamma": 1.0,
+        "no_object_weight": (0.5, {"student_activation": "softmax"}),
+        "weight_class": 2.0,
+        "weight_bbox": 1.0,
+        "weight_giou": 1.0,
+        "sync_normalizer": False,
+    },
     wrt=("group_logits", "group_boxes"),
     trials={
         "query group": Trial(cases.of_teacher(cases.detection(), "group"), {"gamma": 1.0, "weight_giou": 1.0}),
@@ -143,6 +180,15 @@ QUERY_GROUP = Loss(
 FEATURES = Loss(
     dkl.target_aware_feature_loss,
     dkl.TargetAwareFeatureLoss,
+    dkl.FeatureTerm,
+    OF_EVERY_TERM
+    | {
+        "variant": "official",
+        "normalize": "mean",
+        "gamma": 0.25,
+        "topk": (5, {"variant": "official"}),
+        "sync_normalizer": False,
+    },
     wrt=("student_features",),
     trials={
         "features, paper": Trial(cases.features(), {}),

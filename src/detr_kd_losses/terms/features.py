@@ -14,7 +14,7 @@ from detr_kd_losses.losses.features.projection import FeatureProjection
 from detr_kd_losses.losses.features.quality import QUALITY_RULES, Variant, query_quality
 from detr_kd_losses.pairs import gather_partners, invert_assignment
 from detr_kd_losses.step import Step
-from detr_kd_losses.terms.term import Term
+from detr_kd_losses.term import Term
 
 __all__ = ["FeatureTerm"]
 

@@ -14,7 +14,7 @@ from detr_kd_losses.losses.logits import RULES, ClassLoss, hungarian_distillatio
 from detr_kd_losses.matching import match_teacher
 from detr_kd_losses.stages import StageMap, select_stages, validate_stage_map
 from detr_kd_losses.step import Step
-from detr_kd_losses.terms.term import Term
+from detr_kd_losses.term import Term
 
 __all__ = ["LogitsTerm"]
 

@@ -10,7 +10,7 @@ from detr_kd_losses.losses.detection import RULES
 from detr_kd_losses.losses.query_group import teacher_assigned_query_loss
 from detr_kd_losses.stages import StageMap, select_stages, validate_stage_map
 from detr_kd_losses.step import Step
-from detr_kd_losses.terms.term import Term
+from detr_kd_losses.term import Term
 
 __all__ = ["QueryGroupTerm"]
 

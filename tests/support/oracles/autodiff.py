@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+__all__ = ["Var", "value_and_grad"]
+
 
 class Var:
     """A scalar with its place on the tape: the scalars it was computed from and the local derivatives."""

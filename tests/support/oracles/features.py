@@ -9,6 +9,16 @@ import numpy as np
 from .autodiff import Scalar, sigmoid, softmax, sqrt
 from .geometry import box_iou, over_images
 
+__all__ = [
+    "class_scores",
+    "cosine",
+    "official_feature_loss",
+    "query_quality",
+    "target_aware_feature_loss",
+    "target_aware_mask",
+]
+
+
 Levels = np.ndarray | Sequence[np.ndarray]
 
 

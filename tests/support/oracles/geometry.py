@@ -10,6 +10,17 @@ from scipy.optimize import linear_sum_assignment
 
 from .autodiff import Scalar, maximum, minimum, value
 
+__all__ = [
+    "box_iou",
+    "check_assignment",
+    "check_teacher_assignment",
+    "generalized_box_iou",
+    "l1_distance",
+    "optimal_cost",
+    "pairwise",
+    "rows_of_positives",
+]
+
 
 def over_images(signature: str) -> Callable[[Callable], Callable[..., np.ndarray]]:
     """Spread a function of one image over leading dimensions, which broadcast; keywords pass through."""

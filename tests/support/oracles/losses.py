@@ -13,6 +13,22 @@ import numpy as np
 from .autodiff import Scalar, log_softmax, sigmoid, softmax, softplus
 from .geometry import generalized_box_iou, l1_distance, over_images, pairwise
 
+__all__ = [
+    "class_cross_entropy",
+    "class_entropy",
+    "detection_cost",
+    "detection_loss",
+    "distillation_cost",
+    "focal_class_cost",
+    "hungarian_distillation_loss",
+    "location_cost",
+    "official_logits_loss",
+    "softmax_class_cost",
+    "teacher_assigned_query_loss",
+    "teacher_scores",
+]
+
+
 Terms = dict[str, Scalar]
 
 

@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 def compare(student: Tensor, teacher: Tensor, valid: Tensor | None, summary: QuerySummary) -> Comparison:
     """Compare features (B, D, H, W) cell by cell. The distance has a gradient for the student.
 
-    Whatever is in cells that are not `valid` (B, H, W), not a number included, stays out of distance and gradient.
+    Whatever is in cells that are not `valid` (B, H, W), NaN included, stays out of distance and gradient.
     """
     return Comparison(*_Comparison.apply(student, _savable(teacher), _savable(valid), *summary))  # type: ignore[no-untyped-call]
 
@@ -51,7 +51,7 @@ class _Comparison(torch.autograd.Function):
         student: Tensor, teacher: Tensor, valid: Tensor | None, kind: Kind, rows: Tensor, quality: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         compare_cells = _compare_cells
-        if _launches(student, teacher, rows):
+        if not unsupported_reasons(student, teacher, rows):
             from detr_kd_losses.losses.features._kernels import compare_cells  # noqa: PLC0415
         distance, square, similarity = compare_cells(student, teacher, QuerySummary(kind, rows, quality))
         return distance if valid is None else distance.where(valid.flatten(1), 0.0), square, similarity
@@ -65,7 +65,7 @@ class _Comparison(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         student, teacher, valid = ctx.saved_tensors
         scale_difference = _scale_difference
-        if _launches(student, teacher, grad):
+        if not unsupported_reasons(student, teacher, grad):
             from detr_kd_losses.losses.features._kernels import scale_difference  # noqa: PLC0415
         return scale_difference(student, teacher, valid, 2 * grad), None, None, None, None, None
 
@@ -119,21 +119,23 @@ def _scale_difference(student: Tensor, teacher: Tensor, valid: Tensor | None, fa
     return difference.to(student.dtype)
 
 
-def _launches(student: Tensor, teacher: Tensor, *others: Tensor) -> bool:
-    """Whether Triton kernels can take these tensors, of at most single precision, outside compilers and transforms.
-
-    A gradient that is to be differentiated again is computed with operations that can be.
-    """
-    tensors = (student, teacher, *others)
-    return not (
-        torch.compiler.is_compiling()
-        or not (teacher.is_cuda or interprets())
-        or torch.version.hip  # no products of three TF32 there
-        or torch.is_grad_enabled()
-        or teacher.numel() == 0
-        or any(is_wrapped(tensor) or tensor.dtype == torch.float64 for tensor in tensors)
-        or why_no_triton("teacher", teacher, capability=_MIN_CAPABILITY)
-    )
+def unsupported_reasons(student: Tensor, teacher: Tensor, *others: Tensor) -> list[str]:
+    """Why the kernels cannot take these tensors here and now; empty if they can."""
+    if torch.compiler.is_compiling():
+        return ["a compiler traces the loss, and fuses plain operations itself"]
+    reasons = why_no_triton("features", teacher, capability=_MIN_CAPABILITY)
+    if torch.version.hip:
+        reasons.append("they need products of three TF32, which ROCm has not")
+    if torch.is_grad_enabled():
+        reasons.append("the gradient is to be differentiated again, which takes operations that can be")
+    if teacher.numel() == 0:
+        reasons.append("the features are empty")
+    for tensor in (student, teacher, *others):
+        if is_wrapped(tensor):
+            reasons.append("a transform of torch.func, or a batch of gradients, stands before the memory")
+        if tensor.dtype == torch.float64:
+            reasons.append("they compute in float32, and a tensor is in float64")
+    return list(dict.fromkeys(reasons))
 
 
 def _savable(tensor: Tensor | None) -> Tensor | None:
