@@ -1,4 +1,4 @@
-"""Thousands of distillation steps, each of another shape: memory that grows, numbers that are none, warnings.
+"""Thousands of distillation steps, each of another shape: memory that grows, NaNs, warnings.
 
     python examples/soak.py --steps 10000              # with the extra `testing`
 

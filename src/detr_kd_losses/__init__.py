@@ -29,10 +29,10 @@ from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, pad_tar
 from detr_kd_losses.pairs import assignment_to_indices, invert_assignment
 from detr_kd_losses.stages import select_stages
 from detr_kd_losses.step import Step, TargetMatching
+from detr_kd_losses.term import Term
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
-from detr_kd_losses.term import Term
 from detr_kd_losses.training.diagnostics import (
     LossMagnitude,
     assignment_instability,

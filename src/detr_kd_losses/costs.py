@@ -123,7 +123,7 @@ def distillation_cost(
         teacher_logits: (..., M, C'), raw.
         teacher_boxes: (..., M, 4), cxcywh in [0, 1].
         student_activation: ``"sigmoid"``, or ``"softmax"`` for a head with "no object" as its last channel.
-        teacher_activation: Likewise.
+        teacher_activation: Head of the teacher, ``"sigmoid"`` or ``"softmax"``.
         class_map: Student class of each teacher class, -1 = dropped. None: both have the same classes.
         weight_class: Weight of the class cost.
         weight_bbox: Weight of the L1 distance of the boxes.

@@ -13,10 +13,10 @@ from detr_kd_losses._validation import validate_choice, validate_record
 from detr_kd_losses.heads import Activation, ClassMap, Heads
 from detr_kd_losses.outputs import DetectorOutput, Targets
 from detr_kd_losses.step import Step, TargetMatching
+from detr_kd_losses.term import Term
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
-from detr_kd_losses.term import Term
 
 __all__ = ["DETRDistillationLoss"]
 

@@ -62,7 +62,7 @@ def loss_and_gradient(student, teacher, queries, quality, valid, **options):
 def count_launches():
     from detr_kd_losses.losses.features import _kernels
 
-    launches = dict.fromkeys(("compare_cells", "scale_difference"), 0)
+    launches = dict.fromkeys(("compare_on_gpu", "scale_difference_on_gpu"), 0)
 
     def counted(name, function):
         def call(*arguments):
@@ -81,7 +81,7 @@ def count_launches():
 def assert_same(case, dtype, by_kernels, **options):
     """Value and gradient are those of the oracle, on the rounded features, and of the operations without kernels."""
     loss, gradient, launches = by_kernels
-    assert launches == {"compare_cells": 1, "scale_difference": 1}
+    assert launches == {"compare_on_gpu": 1, "scale_difference_on_gpu": 1}
     expected_loss, expected_gradient, _ = loss_and_gradient(*case, **options)
     rtol, atol = ROUNDING[dtype]
     torch.testing.assert_close(loss.cpu(), expected_loss)
@@ -131,7 +131,7 @@ def test_a_gradient_is_differentiable(interpreter):
     """The kernel has none: a gradient that is to be differentiated again is computed without it."""
     case = make_case(SHAPES[0], (2, 6))
     second, launches = interpreter.submit(gradient_by_kernels_when_differentiated_again, *case).result(timeout=300)
-    assert launches == {"compare_cells": 1, "scale_difference": 0}
+    assert launches == {"compare_on_gpu": 1, "scale_difference_on_gpu": 0}
     expected, _ = gradient_by_kernels_when_differentiated_again(*case)
     torch.testing.assert_close(second, expected)
     assert second.abs().max() > 0
@@ -147,7 +147,7 @@ def test_a_gradient_is_differentiable(interpreter):
 )
 def test_what_the_kernels_leave_to_plain_operations(case, interpreter):
     loss, gradient, launches = interpreter.submit(loss_and_gradient, *case).result(timeout=300)
-    assert launches == {"compare_cells": 0, "scale_difference": 0}
+    assert launches == {"compare_on_gpu": 0, "scale_difference_on_gpu": 0}
     expected_loss, expected_gradient, _ = loss_and_gradient(*case)
     torch.testing.assert_close((loss, gradient), (expected_loss, expected_gradient))
 
@@ -159,7 +159,7 @@ def vmapped(students, teacher, queries, quality):
         return target_aware_feature_loss(student, teacher, queries, quality)
 
     losses = torch.func.vmap(loss)(students)
-    return losses, torch.func.vmap(torch.func.grad(loss))(students), launches["compare_cells"]
+    return losses, torch.func.vmap(torch.func.grad(loss))(students), launches["compare_on_gpu"]
 
 
 def test_vmap_over_students(interpreter):
@@ -181,23 +181,23 @@ def batched_gradients(student, teacher, queries, quality):
 def test_a_batch_of_gradients(interpreter):
     case = make_case(SHAPES[0], (2, 6))
     gradients, launches = interpreter.submit(batched_gradients, *case[:4]).result(timeout=300)
-    assert launches == {"compare_cells": 1, "scale_difference": 0}
+    assert launches == {"compare_on_gpu": 1, "scale_difference_on_gpu": 0}
     _, expected, _ = loss_and_gradient(*case)
     torch.testing.assert_close(gradients, torch.stack([expected, 2 * expected]))
 
 
 def launch(dtype, layout, summary):
-    from detr_kd_losses.losses.features._kernels import compare_cells, scale_difference
+    from detr_kd_losses.losses.features._kernels import compare_on_gpu, scale_difference_on_gpu
 
     features = torch.empty(2, 256, 50, 84, dtype=dtype).contiguous(memory_format=layout)
-    compare_cells(features, features, summary)
-    scale_difference(features, features, None, torch.empty(2, 50 * 84))
+    compare_on_gpu(features, features, summary)
+    scale_difference_on_gpu(features, features, None, torch.empty(2, 50 * 84))
 
 
 def test_no_register_is_spilled(compiler):
     from detr_kd_losses.losses.features import _kernels
 
-    kernels = [compiler.watch(getattr(_kernels, name)) for name in ("_compare_cells", "_scale_difference")]
+    kernels = [compiler.watch(getattr(_kernels, name)) for name in ("compare_kernel", "scale_difference_kernel")]
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):
             for variant, queries in (("official", 300), ("paper", 2), ("paper", 10), ("paper", 300)):
@@ -210,8 +210,8 @@ def test_no_register_is_spilled(compiler):
 def test_the_number_of_targets_does_not_matter_to_the_compiler(compiler):
     from detr_kd_losses.losses.features import _kernels
 
-    kernel = compiler.watch(_kernels._compare_cells)
-    compiler.watch(_kernels._scale_difference)
+    kernel = compiler.watch(_kernels.compare_kernel)
+    compiler.watch(_kernels.scale_difference_kernel)
     for queries in (9, 10, 11, 16):
         summary = summarize_queries(torch.empty(6, 2, queries, 256), torch.empty(6, 2, queries), "paper")
         launch(torch.float32, torch.contiguous_format, summary)

@@ -1,4 +1,4 @@
-"""The Triton kernel: one program per assignment problem, exact in integers, no word to the host.
+"""The Triton kernel: one program per assignment problem, exact in integers, without synchronising with the host.
 
 Every problem is made square and dense. The smaller side gives the rows (by strides), and one *slack row* of zero cost
 owns every column that is left over, as often as needed. Entries become integers q in [0, 2^26] over the range of the

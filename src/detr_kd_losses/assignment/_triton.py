@@ -1,4 +1,4 @@
-"""The GPU backend: all problems in one launch of a Triton kernel, without a word to the host."""
+"""The GPU backend: all problems in one launch of a Triton kernel, without synchronising with the host."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ class Geometry(NamedTuple):
     fraction, so it needs no entry.
 
     Attributes:
-        scale_x: Negative where the image is flipped.
-        scale_y: Likewise.
+        scale_x: Negative where the image is flipped left to right.
+        scale_y: Negative where the image is flipped top to bottom.
         shift_x: Fraction of the view.
-        shift_y: Likewise.
+        shift_y: Fraction of the view.
 
     Examples:
         Crop the left half, then mirror it:

@@ -17,7 +17,7 @@ class FrozenTeacher:
     As this is no `nn.Module`, a Module that keeps it as an attribute does not own it: the teacher is in none of its
     ``state_dict()``, ``parameters()`` and ``modules()``, hence in no checkpoint, optimizer or DistributedDataParallel;
     ``train()`` and ``requires_grad_()`` do not reach it; and a deep copy, as averages of weights make, shares it.
-    ``to()`` does not reach it either, so it moves by itself to the device of what it is called with.
+    ``to()`` does not reach it either, so at each call it moves to the device of what it is called with.
 
     Outputs are made under `torch.no_grad`, not under `torch.inference_mode`, whose tensors no loss may save for its
     backward pass.
@@ -54,9 +54,9 @@ class FrozenTeacher:
 
         Args:
             *args: Arguments of the teacher.
-            **kwargs: Likewise. It moves to the device of the first tensor among them.
+            **kwargs: Keyword arguments of the teacher. It moves to the device of the first tensor among all arguments.
         """
-        if self.module.training:  # somebody has called train() on the module itself
+        if self.module.training:  # train() was called on the module itself
             self.module.eval()
         device, current = _device((args, kwargs)), _device(list(self.module.parameters()))
         if device is not None and current is not None and device != current:

@@ -36,7 +36,7 @@ MUTANTS = [
         ("padding has a distance", "if valid is None else", "if True else", feature("cell_padding")),
     ),
     *faults(
-        _passes._scale_difference,
+        _passes.scale_difference_on_cpu,
         ("padding has a gradient", "if valid is not None", "if False", feature("cell_padding")),
     ),
     *faults(

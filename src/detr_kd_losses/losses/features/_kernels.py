@@ -2,7 +2,7 @@
 
 Both take tiles of channels × cells with any strides, so that maps (B, D, H, W) and rows of a transformer (B, H W, D)
 are read as they lie. Everything is computed in float32. A program owns its cells: nothing is added across programs,
-results repeat bit by bit, and a number that is none stays in its cell.
+results repeat bit by bit, and a NaN stays in its cell.
 """
 
 # Triton's language is not Python's types.
@@ -23,8 +23,8 @@ _CHANNELS = 32
 _MAX_ROWS = {"directions": 128, "queries": 128, "form": 64}
 
 
-def compare_cells(student, teacher, summary: QuerySummary):
-    """Distance (B, cells), squared length (B, cells) and similarity (L, B, cells); see `_comparison.Comparison`."""
+def compare_on_gpu(student, teacher, summary: QuerySummary):
+    """Distance (B, cells), squared length (B, cells) and similarity (L, B, cells); see `_passes.Comparison`."""
     student, teacher = student.flatten(2), teacher.flatten(2)
     batch, channels, cells = teacher.shape
     stages, _, num_rows, _ = summary.rows.shape
@@ -32,7 +32,7 @@ def compare_cells(student, teacher, summary: QuerySummary):
     similarity = teacher.new_empty((stages, batch, cells), dtype=torch.float32)
     rows = min(max(16, triton.next_power_of_2(stages * num_rows)), _MAX_ROWS[summary.kind])
     with torch.cuda.device(teacher.get_device()):  # none if -1, the CPU's
-        _compare_cells[(triton.cdiv(cells, _CELLS), batch)](
+        compare_kernel[(triton.cdiv(cells, _CELLS), batch)](
             student,
             teacher,
             summary.rows.contiguous(),
@@ -58,7 +58,7 @@ def compare_cells(student, teacher, summary: QuerySummary):
 
 
 @triton.jit(do_not_specialize=("stages", "num_rows"))  # numbers of targets change from batch to batch
-def _compare_cells(
+def compare_kernel(
     student,
     teacher,
     rows,
@@ -130,7 +130,7 @@ def _compare_cells(
     tl.store(similarity + at, similarities, mask=(stage < stages)[:, None] & inside[None, :])
 
 
-def scale_difference(student, teacher, valid, factor):
+def scale_difference_on_gpu(student, teacher, valid, factor):
     """`factor` (B, H*W) times student minus teacher (B, D, H, W), like the student; 0 in cells that are not valid."""
     students, teachers = student.flatten(2), teacher.flatten(2)
     gradients = torch.empty_like(students)
@@ -138,7 +138,7 @@ def scale_difference(student, teacher, valid, factor):
     valid = factor.new_ones((), dtype=torch.bool).expand(batch, cells) if valid is None else valid.flatten(1)
     grid = triton.cdiv(cells, _CELLS), triton.cdiv(channels, _CHANNELS), batch
     with torch.cuda.device(teacher.get_device()):
-        _scale_difference[grid](
+        scale_difference_kernel[grid](
             students,
             teachers,
             factor,
@@ -159,7 +159,7 @@ def scale_difference(student, teacher, valid, factor):
 
 
 @triton.jit
-def _scale_difference(
+def scale_difference_kernel(
     student,
     teacher,
     factor,

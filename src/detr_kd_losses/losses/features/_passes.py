@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._blocks import FEATURES_COMPARED, in_blocks, slices
-from detr_kd_losses._gpu import interprets, is_wrapped, why_no_triton
+from detr_kd_losses._gpu import is_wrapped, why_no_triton
 from detr_kd_losses._precision import full_precision_matmul, shared_precision
 from detr_kd_losses.losses.features._similarity import Kind, QuerySummary, similarities
 
@@ -50,9 +50,9 @@ class _Comparison(torch.autograd.Function):
     def forward(
         student: Tensor, teacher: Tensor, valid: Tensor | None, kind: Kind, rows: Tensor, quality: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        compare_cells = _compare_cells
+        compare_cells = compare_on_cpu
         if not unsupported_reasons(student, teacher, rows):
-            from detr_kd_losses.losses.features._kernels import compare_cells  # noqa: PLC0415
+            from detr_kd_losses.losses.features._kernels import compare_on_gpu as compare_cells  # noqa: PLC0415
         distance, square, similarity = compare_cells(student, teacher, QuerySummary(kind, rows, quality))
         return distance if valid is None else distance.where(valid.flatten(1), 0.0), square, similarity
 
@@ -64,9 +64,11 @@ class _Comparison(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         student, teacher, valid = ctx.saved_tensors
-        scale_difference = _scale_difference
+        scale_difference = scale_difference_on_cpu
         if not unsupported_reasons(student, teacher, grad):
-            from detr_kd_losses.losses.features._kernels import scale_difference  # noqa: PLC0415
+            from detr_kd_losses.losses.features import _kernels  # noqa: PLC0415
+
+            scale_difference = _kernels.scale_difference_on_gpu
         return scale_difference(student, teacher, valid, 2 * grad), None, None, None, None, None
 
     @staticmethod
@@ -79,7 +81,7 @@ class _Comparison(torch.autograd.Function):
         return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0, 0, 0)
 
 
-def _compare_cells(student: Tensor, teacher: Tensor, summary: QuerySummary) -> Comparison:
+def compare_on_cpu(student: Tensor, teacher: Tensor, summary: QuerySummary) -> Comparison:
     """Compare block by block; directions are multiplied by the block that is in the cache, other rows by all cells."""
     linear = summary.kind == "directions"
     rows = summary.rows.squeeze(-2).transpose(0, 1) if linear else summary.rows.new_zeros((len(teacher), 0, 0))
@@ -107,7 +109,7 @@ def _blocks(features: Tensor) -> list[tuple[slice, slice]]:
     return [(part, slice(None)) for part in slices(channels, FEATURES_COMPARED // max(1, batch * cells))]
 
 
-def _scale_difference(student: Tensor, teacher: Tensor, valid: Tensor | None, factor: Tensor) -> Tensor:
+def scale_difference_on_cpu(student: Tensor, teacher: Tensor, valid: Tensor | None, factor: Tensor) -> Tensor:
     """`factor` (B, H*W) times student minus teacher (B, D, H, W), in the dtype of the student."""
     students, teachers = shared_precision(student, teacher)
     difference, factor = students - teachers, factor.reshape(len(student), 1, *student.shape[2:])

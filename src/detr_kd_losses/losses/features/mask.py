@@ -100,8 +100,8 @@ def weight_maps(
         inverse_length: (B, H*W), 1 / length of the features; any finite number where they are 0.
         num_queries: M.
         valid: (B, H*W) bool, or None.
-        variant: See :func:`target_aware_mask`.
-        normalize: See there.
+        variant: ``"paper"`` or ``"official"`` (:func:`target_aware_mask`).
+        normalize: What the map is divided by (:func:`target_aware_mask`).
     """
     weight = similarity * inverse_length
     weight = weight.clamp(min=_OFFICIAL_FLOOR) if variant == "official" else weight.mul_(inverse_length)
