@@ -7,7 +7,7 @@ finite ones, and non-finite ones K = 2^27 for now (`_quantize.py`). With column 
 1. `_auction`: all free rows bid at once, for some rounds. Cheap, and it matches most rows.
 2. `_grow_forest`: shortest paths from all free rows at once, STEP rows relaxed per step, labels corrected until none
    improves; `_augment` matches one path per root. Full price updates make this many paths per phase.
-3. `_augment_one_by_one`: plain shortest augmenting paths in int64, for what is left: rows that were given a non-finite
+3. `augment_one_by_one`: plain shortest augmenting paths in int64, for what is left: rows that were given a non-finite
    entry (which now costs F = 2^40, more than all finite ones together), or all free rows if the forest ran out of
    steps. Each step of a path closes a column, so it always ends.
 
@@ -34,12 +34,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from detr_kd_losses.assignment._one_by_one import augment_one_by_one
 from detr_kd_losses.assignment._quantize import FORBIDDEN, INF, list_valid, quantize
 
 __all__: list[str] = []
 
-FORBIDDEN_64 = tl.constexpr(1 << 40)  # F: costs more than any set of 2^13 finite entries
-INF_64 = tl.constexpr(1 << 60)
 AUCTION_ROUNDS = tl.constexpr(32)  # more of them no longer save forest steps
 
 
@@ -209,53 +208,51 @@ def _augment(owner, parent, unmatched, owners, new_owners, parents, winners, lan
 
 
 @triton.jit
-def _augment_one_by_one(
-    q, width, price, owner, free_rows, num_free, num_columns, owners, new_owners, parents, lanes, BLOCK: tl.constexpr
-):
-    """Dijkstra's shortest path in int64 for every row in `free_rows`; return the owners."""
-    potential = price.to(tl.int64)
-    k = 0
-    while k < num_free:
-        root = tl.load(free_rows + k)
-        row = root
-        parent_id = ~root
-        offset = tl.full((), 0, tl.int64)
-        label = tl.full((BLOCK,), INF_64, tl.int64)
-        parent = tl.full((BLOCK,), 0, tl.int32)
-        closed = lanes >= num_columns
-        end = -1
-        distance = offset
-        while row >= 0:
-            entry = tl.load(q + row * width + lanes, mask=lanes < width, other=INF).to(tl.int64)
-            reduced = tl.where(entry == FORBIDDEN, FORBIDDEN_64, entry) - potential
-            nearer = (reduced + offset < label) & ~closed
-            label = tl.where(nearer, reduced + offset, label)
-            parent = tl.where(nearer, parent_id, parent)
-            closed = closed | (owner == row)  # all columns of the slack row at once: the first speaks for them
-            key = tl.where(closed, 2 * INF_64, 2 * label + (owner >= 0).to(tl.int64))  # unmatched ones first
-            least, end = tl.min(key, axis=0, return_indices=True)
-            distance = least >> 1
-            row = tl.max(tl.where(lanes == end, owner, -1), axis=0)
-            entry_end = tl.load(q + row * width + end, mask=row >= 0, other=0).to(tl.int64)
-            price_end = tl.sum(tl.where(lanes == end, potential, 0), axis=0)
-            offset = distance - (tl.where(entry_end == FORBIDDEN, FORBIDDEN_64, entry_end) - price_end)
-            parent_id = end
-        potential += tl.where(closed & (lanes < num_columns), label - distance, 0)
-        tl.store(parents + lanes, parent)
-        tl.store(owners + lanes, owner)
-        tl.store(new_owners + lanes, owner)
-        tl.debug_barrier()  # parents, owners, new_owners: written above; parents and owners are only read below
-        up = tl.load(parents + end)
-        while up >= 0:
-            tl.store(new_owners + end, tl.load(owners + up))
-            end = up
-            up = tl.load(parents + end)
-        tl.store(new_owners + end, ~up)
-        tl.debug_barrier()  # new_owners: written above, read below; parents, owners: read above, next time written
-        owner = tl.load(new_owners + lanes)
-        tl.debug_barrier()  # new_owners: read above, next time written
-        k += 1
-    return owner
+def _search_forests(
+    q, width, price, owner, num_free, column_of_row, free_rows, owners, offsets, parents, winners, new_owners,
+    num_rows, num_columns, max_steps, lanes, steps, tile, BLOCK: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Grow forests from all free rows at once until none is free or the steps are used up; return prices and owners."""
+    valid = lanes < num_columns
+    # As many columns stay unmatched as there are free rows; the slack row, number num_rows, takes the others.
+    unmatched = (owner < 0) & valid
+    owner = tl.where(unmatched & (tl.cumsum(unmatched.to(tl.int32), axis=0) > num_free), num_rows, owner)
+    step = 0
+    while (num_free > 0) & (step < max_steps):
+        price = tl.where(valid, price - tl.max(tl.where(valid, price, -INF), axis=0), 0)
+        label, parent = _label_from_roots(q, width, free_rows, num_free, price, lanes, tile, BLOCK, TILE)
+        label = tl.where(valid, label, 0)
+        unmatched = (owner < 0) & valid
+        label, parent, limit, step, complete = _grow_forest(
+            q, width, price, owner, unmatched, label, parent, owners, offsets, step, max_steps, lanes, steps,
+            BLOCK, STEP,
+        )  # fmt: skip
+        if complete:
+            price += tl.where(valid, tl.minimum(label, limit), 0)
+            owner = _augment(owner, parent, unmatched, owners, new_owners, parents, winners, lanes)
+            tl.store(column_of_row + owner, lanes, mask=(owner >= 0) & (owner < num_rows))
+            tl.debug_barrier()  # column_of_row: written above, read below; new_owners: read above, next time written
+            num_free = _list_free_rows(column_of_row, free_rows, num_rows, lanes)
+    return price, owner
+
+
+@triton.jit
+def _free_forbidden_rows(q, width, owner, column_of_row, free_rows, num_rows, lanes):
+    """Drop the pairs of non-finite cost, which were tight at cost K and not at F; return owners and free rows."""
+    paired = (owner >= 0) & (owner < num_rows)
+    dropped = paired & (tl.load(q + owner * width + lanes, mask=paired, other=0) == FORBIDDEN)
+    tl.store(column_of_row + owner, -1, mask=dropped)
+    tl.debug_barrier()  # column_of_row: written above, read below; free_rows: read above, written below
+    return tl.where(dropped, -1, owner), _list_free_rows(column_of_row, free_rows, num_rows, lanes)
+
+
+@triton.jit
+def _store_pairs(assignment, owner, row_ids, column_ids, swap, num_rows, lanes):
+    """Write the pairs under the numbers that rows and columns have in the problem."""
+    paired = (owner >= 0) & (owner < num_rows)
+    row = tl.load(row_ids + owner, mask=paired, other=0)
+    column = tl.load(column_ids + lanes, mask=paired, other=0)
+    tl.store(assignment + tl.where(swap, column, row), tl.where(swap, row, column).to(tl.int64), mask=paired)
 
 
 @triton.jit(
@@ -286,16 +283,14 @@ def solve_problem(
     assignment += problem * size_n
     q += problem * q_rows * width
     scratch += problem * 9 * BLOCK
-    column_of_row = scratch + 2 * BLOCK
-    free_rows = scratch + 3 * BLOCK
+    column_of_row, free_rows = scratch + 2 * BLOCK, scratch + 3 * BLOCK
     owners = scratch + 4 * BLOCK
     offsets = scratch + 5 * BLOCK
     parents = scratch + 6 * BLOCK
     winners = scratch + 7 * BLOCK
     new_owners = scratch + 8 * BLOCK
     lanes = tl.arange(0, BLOCK)
-    steps = tl.arange(0, STEP)
-    tile = tl.arange(0, TILE)
+    steps, tile = tl.arange(0, STEP), tl.arange(0, TILE)
 
     num_n = list_valid(row_mask + problem * row_mask_stride_problem, row_mask_stride, size_n, scratch, lanes)
     num_t = list_valid(
@@ -317,40 +312,13 @@ def solve_problem(
 
     price, owner, num_free = _auction(q, width, column_of_row, free_rows, num_rows, lanes, tile, BLOCK, TILE)
 
-    valid = lanes < num_columns
-    # As many columns stay unmatched as there are free rows; the slack row, number num_rows, takes the others.
-    unmatched = (owner < 0) & valid
-    owner = tl.where(unmatched & (tl.cumsum(unmatched.to(tl.int32), axis=0) > num_free), num_rows, owner)
-    step = 0
-    max_steps = steps_per_column * num_columns
-    while (num_free > 0) & (step < max_steps):
-        price = tl.where(valid, price - tl.max(tl.where(valid, price, -INF), axis=0), 0)
-        label, parent = _label_from_roots(q, width, free_rows, num_free, price, lanes, tile, BLOCK, TILE)
-        label = tl.where(valid, label, 0)
-        unmatched = (owner < 0) & valid
-        label, parent, limit, step, complete = _grow_forest(
-            q, width, price, owner, unmatched, label, parent, owners, offsets, step, max_steps, lanes, steps,
-            BLOCK, STEP,
-        )  # fmt: skip
-        if complete:
-            price += tl.where(valid, tl.minimum(label, limit), 0)
-            owner = _augment(owner, parent, unmatched, owners, new_owners, parents, winners, lanes)
-            tl.store(column_of_row + owner, lanes, mask=(owner >= 0) & (owner < num_rows))
-            tl.debug_barrier()  # column_of_row: written above, read below; new_owners: read above, next time written
-            num_free = _list_free_rows(column_of_row, free_rows, num_rows, lanes)
-
-    # A pair of non-finite cost was tight at cost K, not at F.
-    paired = (owner >= 0) & (owner < num_rows)
-    dropped = paired & (tl.load(q + owner * width + lanes, mask=paired, other=0) == FORBIDDEN)
-    tl.store(column_of_row + owner, -1, mask=dropped)
-    tl.debug_barrier()  # column_of_row: written above, read below; free_rows: read above, written below
-    owner = tl.where(dropped, -1, owner)
-    num_free = _list_free_rows(column_of_row, free_rows, num_rows, lanes)
-    owner = _augment_one_by_one(
+    price, owner = _search_forests(
+        q, width, price, owner, num_free, column_of_row, free_rows, owners, offsets, parents, winners, new_owners,
+        num_rows, num_columns, steps_per_column * num_columns, lanes, steps, tile, BLOCK, STEP, TILE,
+    )  # fmt: skip
+    owner, num_free = _free_forbidden_rows(q, width, owner, column_of_row, free_rows, num_rows, lanes)
+    owner = augment_one_by_one(
         q, width, price, owner, free_rows, num_free, num_columns, owners, new_owners, parents, lanes, BLOCK
     )
 
-    paired = (owner >= 0) & (owner < num_rows)
-    row = tl.load(row_ids + owner, mask=paired, other=0)
-    column = tl.load(column_ids + lanes, mask=paired, other=0)
-    tl.store(assignment + tl.where(swap, column, row), tl.where(swap, row, column).to(tl.int64), mask=paired)
+    _store_pairs(assignment, owner, row_ids, column_ids, swap, num_rows, lanes)

@@ -88,8 +88,7 @@ def compare_kernel(
     student += image * student_b + cell[None, :] * student_p
     teacher += image * teacher_b + cell[None, :] * teacher_p
     stage = tl.arange(0, STAGES)
-    distances = tl.zeros((CELLS,), tl.float32)
-    squares = tl.zeros((CELLS,), tl.float32)
+    distances, squares = tl.zeros((CELLS,), tl.float32), tl.zeros((CELLS,), tl.float32)
     similarities = tl.zeros((STAGES, CELLS), tl.float32)
     # All rows of all stages, ROWS at a time; mostly there is one round, and the features are read once.
     first = tl.full((), 0, tl.int32)
