@@ -95,7 +95,7 @@ class DETRDistillationLoss(OptionModule):
     @property
     def heads(self) -> Heads:
         """The heads of student and teacher."""
-        return Heads(*self.options.values())
+        return Heads(self.student_activation, self.teacher_activation, self.class_map)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +132,9 @@ class DETRDistillationLoss(OptionModule):
         )
         losses: dict[str, Tensor] = {}
         for term in self._all_terms():
-            losses.update(term(step))
+            own = term(step)
+            _validate_names([*losses, *own])  # a prefix may have been set since
+            losses.update(own)
         return losses
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -163,9 +165,13 @@ def _by_name(terms: Preset | Iterable[Term] | Mapping[str, Term]) -> dict[str, T
         terms = dict(zip(names, terms, strict=True))
     for name, term in terms.items():
         validate_record(f"terms[{name!r}]", term, Term, "LogitsTerm() or another term")
-    losses = [name for term in terms.values() for name in term.names]
-    twice = sorted({name for name in losses if losses.count(name) > 1})
+    _validate_names([name for term in terms.values() for name in term.names])
+    return dict(terms)
+
+
+def _validate_names(names: list[str]) -> None:
+    """Raise unless all losses have different names: one would replace the other."""
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         msg = f"`terms` must have different names, got {twice} twice: give one of them another `prefix`"
         raise ValueError(msg)
-    return dict(terms)

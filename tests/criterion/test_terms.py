@@ -38,6 +38,10 @@ def test_terms_are_named():
         ValueError, match=r"`terms` must have different names, got \['loss_kd_bbox', .* another `prefix`"
     ):
         dkl.DETRDistillationLoss({"one": dkl.LogitsTerm(), "two": dkl.LogitsTerm()})
+    criterion = dkl.DETRDistillationLoss(both)
+    both["last"].prefix = "loss_kd_"
+    with pytest.raises(ValueError, match=r"must have different names, got \['loss_kd_bbox', .* another `prefix`"):
+        criterion(make_output(0, 3, 7), make_output(1, 3, 9), make_targets())
     with pytest.raises(TypeError, match=r"`terms\['logits'\]` must be a Term, got float: pass LogitsTerm\(\)"):
         dkl.DETRDistillationLoss({"logits": 1.0})
 
