@@ -26,7 +26,7 @@ from detr_kd_losses.losses.query_group import (
 )
 from detr_kd_losses.matching import match_targets, match_teacher
 from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, pad_targets
-from detr_kd_losses.pairs import assignment_to_indices, invert_assignment
+from detr_kd_losses.pairs import assignment_to_indices, invert_assignment, match_through_targets
 from detr_kd_losses.stages import select_stages
 from detr_kd_losses.step import Step, TargetMatching
 from detr_kd_losses.term import Term
@@ -90,6 +90,7 @@ __all__ = [
     "map_class_logits",
     "match_targets",
     "match_teacher",
+    "match_through_targets",
     "matched_iou",
     "mean_quality",
     "pad_targets",

@@ -13,7 +13,7 @@ from torch import Tensor
 from detr_kd_losses._blocks import COSTS_BUILT, COSTS_SOLVED, in_blocks, slices
 from detr_kd_losses._validation import validate_both_predictions, validate_predictions, validate_targets_shape
 from detr_kd_losses.assignment import linear_sum_assignment
-from detr_kd_losses.costs import detection_cost, distillation_cost, distillation_costs
+from detr_kd_losses.costs import box_cost, detection_cost, distillation_cost, distillation_costs
 from detr_kd_losses.heads import Activation, ClassCost, ClassMap
 from detr_kd_losses.pairs import validate_teacher_positive
 
@@ -92,7 +92,7 @@ def match_targets(
     targets = (labels.expand(*batch, -1), target_boxes.expand(*batch, -1, -1))
     mask = target_mask.expand(*batch, -1)
     solve = partial(linear_sum_assignment, backend=backend)
-    return _in_parts(solve, lambda *tensors: [cost(*tensors)], (logits, boxes, *targets), mask)
+    return _in_parts(solve, lambda *tensors: [cost(*tensors)], (logits, boxes, *targets), column_mask=mask)
 
 
 @torch.no_grad()
@@ -158,36 +158,60 @@ def match_teacher(
     predictions = (student_logits, student_boxes, teacher_logits, teacher_boxes)
     if teacher_positive is None:
         solve = partial(linear_sum_assignment, backend=backend)
-        return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions, None)
+        return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions)
     validate_teacher_positive(teacher_positive, teacher_logits)
     solve = partial(_positives_first, backend=backend)
-    return _in_parts(solve, partial(distillation_costs, **options), predictions, teacher_positive)
+    return _in_parts(solve, partial(distillation_costs, **options), predictions, column_mask=teacher_positive)
+
+
+@torch.no_grad()
+def match_rest(
+    assignment: Tensor,
+    student_boxes: Tensor,
+    teacher_boxes: Tensor,
+    teacher_positive: Tensor,
+    *,
+    weight_bbox: float = 5.0,
+    weight_giou: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`assignment` (..., N), where the negative teacher queries share the student queries that it leaves, by boxes."""
+    solve = partial(_share_rest, backend=backend)
+    cost = partial(box_cost, weight_bbox=weight_bbox, weight_giou=weight_giou)
+    boxes = (student_boxes, teacher_boxes)
+    masks = {"assignment": assignment, "column_mask": teacher_positive}
+    return _in_parts(solve, lambda *tensors: [cost(*tensors)], boxes, **masks)
 
 
 def _positives_first(cost: Tensor, by_box: Tensor, *, column_mask: Tensor, backend: str) -> Tensor:
     """Match the columns in the mask by class and box, then the others by box, with the rows that are left."""
     positives = linear_sum_assignment(cost, column_mask=column_mask, backend=backend)
-    negatives = linear_sum_assignment(by_box, row_mask=positives < 0, column_mask=~column_mask, backend=backend)
-    return torch.where(positives >= 0, positives, negatives)
+    return _share_rest(by_box, positives, column_mask, backend=backend)
+
+
+def _share_rest(by_box: Tensor, assignment: Tensor, column_mask: Tensor, *, backend: str) -> Tensor:
+    """Match the columns outside the mask with the rows that are left."""
+    rest = linear_sum_assignment(by_box, row_mask=assignment < 0, column_mask=~column_mask, backend=backend)
+    return torch.where(assignment >= 0, assignment, rest)
 
 
 def _in_parts(
     solve: Callable[..., Tensor],
     costs: Callable[..., Sequence[Tensor]],
     tensors: tuple[Tensor, ...],
-    column_mask: Tensor | None,
+    **masks: Tensor,
 ) -> Tensor:
-    """``solve(*costs(*tensors))``, all with the same leading dimensions, for as many problems at a time as fit."""
+    """``solve(*costs(*tensors), **masks)``, all with the same leading dimensions, as many problems at a time as fit."""
     *batch, rows, _ = tensors[0].shape
     entries = rows * tensors[-1].shape[-2]
     problems = math.prod(batch)
     if problems * entries <= COSTS_BUILT or not in_blocks(tensors[0]):
-        return solve(*costs(*tensors), column_mask=column_mask)
+        return solve(*costs(*tensors), **masks)
     flat = [tensor.reshape(problems, *tensor.shape[len(batch) :]) for tensor in tensors]
     assignments = []
     for solved in slices(problems, COSTS_SOLVED // entries):
         blocks = slices(solved.stop, COSTS_BUILT // entries, solved.start)
         parts = [costs(*(tensor[block] for tensor in flat)) for block in blocks]
-        mask = None if column_mask is None else column_mask.reshape(problems, -1)[solved]
-        assignments.append(solve(*map(torch.cat, zip(*parts, strict=True)), column_mask=mask))
+        masked = {name: mask.reshape(problems, -1)[solved] for name, mask in masks.items()}
+        assignments.append(solve(*map(torch.cat, zip(*parts, strict=True)), **masked))
     return torch.cat(assignments).reshape(*batch, rows)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detr_kd_losses._validation import validate_dtype, validate_ndim, validate_same_device, validate_same_shape
+from detr_kd_losses._validation import (
+    validate_dtype,
+    validate_ndim,
+    validate_not_negative,
+    validate_same_device,
+    validate_same_shape,
+    validate_type,
+)
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 
-__all__ = ["assignment_to_indices", "invert_assignment"]
+__all__ = ["assignment_to_indices", "invert_assignment", "match_through_targets"]
 
 
 def validate_assignment(name: str, assignment: Tensor, predictions_name: str, predictions: Tensor) -> None:
@@ -78,6 +85,42 @@ def invert_assignment(assignment: Tensor, num_columns: int) -> Tensor:
     slots = torch.where(assignment < 0, num_columns, assignment)
     inverse = assignment.new_full((*assignment.shape[:-1], num_columns + 1), -1)
     return inverse.scatter(-1, slots, rows)[..., :-1]
+
+
+def match_through_targets(student_assignment: Tensor, teacher_assignment: Tensor, num_targets: int) -> Tensor:
+    """Pair queries of student and teacher that have the same target.
+
+    A student query is taught the object that its own detection loss gives it, and no cost between student and teacher
+    is computed: both assignments are at hand or, from :func:`match_targets`, small problems.
+
+    Args:
+        student_assignment: (..., N) int64: the target of each student query, -1 = none; of targets none twice.
+        teacher_assignment: (..., M) int64: the target of each teacher query, -1 = none, with the same leading
+            dimensions: in the student's depth (:func:`select_stages`).
+        num_targets: T, the number of targets with their padding.
+
+    Returns:
+        (..., N) int64: the teacher query that has the target of the student query, -1 = none.
+
+    Raises:
+        ValueError: If shapes or devices do not fit, or `num_targets` is negative.
+        TypeError: If an assignment is not int64, or `num_targets` not a whole number.
+
+    Examples:
+        >>> match_through_targets(torch.tensor([-1, 2, 0]), torch.tensor([0, -1, 1, 2]), 3).tolist()
+        [-1, 3, 0]
+    """
+    validate_dtype("student_assignment", student_assignment, torch.int64)
+    validate_ndim("student_assignment", student_assignment, 1, "(..., N)")
+    validate_dtype("teacher_assignment", teacher_assignment, torch.int64)
+    validate_ndim("teacher_assignment", teacher_assignment, 1, "(..., M)")
+    batches = student_assignment.shape[:-1], "teacher_assignment", teacher_assignment.shape[:-1]
+    validate_same_shape("student_assignment", *batches, "(...)")
+    validate_same_device("student_assignment", student_assignment, teacher_assignment=teacher_assignment)
+    validate_type("num_targets", num_targets, (int, torch.SymInt), "a whole number")
+    validate_not_negative("num_targets", num_targets)
+    partner = gather_partners(invert_assignment(teacher_assignment, num_targets), student_assignment)
+    return partner.where(student_assignment >= 0, -1)
 
 
 def assignment_to_indices(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -11,19 +11,23 @@ from detr_kd_losses._validation import validate_not_negative
 from detr_kd_losses.assignment import validate_backend
 from detr_kd_losses.heads import Heads
 from detr_kd_losses.losses.logits import RULES, ClassLoss, hungarian_distillation_loss, validate_class_loss
-from detr_kd_losses.matching import match_teacher
+from detr_kd_losses.matching import match_rest, match_teacher
+from detr_kd_losses.outputs import Predictions
+from detr_kd_losses.pairs import gather_partners, match_through_targets
 from detr_kd_losses.stages import StageMap, select_stages, validate_stage_map
 from detr_kd_losses.step import Step
 from detr_kd_losses.term import Term
 
 __all__ = ["LogitsTerm"]
 
-Matching = Literal["positives_first", "joint"]
+Matching = Literal["positives_first", "joint", "targets"]
+Negatives = Literal["by_box", "none"]
 _LOSS_RULES = {name: rule for name, rule in RULES.items() if name not in HEADS}
 
 _RULES: Rules = {
     **Term.rules,
-    "matching": one_of("positives_first", "joint"),
+    "matching": one_of("positives_first", "joint", "targets"),
+    "negatives": one_of(None, "by_box", "none"),
     **dict.fromkeys(("cost_class", "cost_bbox", "cost_giou"), validate_not_negative),
     "backend": validate_backend,
     "stage_map": validate_stage_map,
@@ -42,7 +46,12 @@ class LogitsTerm(Term):
         matching: ``"positives_first"``: the teacher queries that have a target choose first, by class and box, and
             teach both; the others share the student queries that are left, by box, and teach it. ``"joint"``: all are
             matched together and teach class and box, as in the paper's public code. Prefer the first where the teacher
-            has more queries than the student: a joint matching then leaves most positive queries out.
+            has more queries than the student: a joint matching then leaves most positive queries out. ``"targets"``:
+            a student query learns from the teacher query of its own target (:func:`match_through_targets`), at a
+            small part of the cost.
+        negatives: What becomes of the teacher queries without a target: ``"by_box"``, they share the student queries
+            that are left, by box; ``"none"``, they teach nothing. None: as the matching has it, ``"none"`` for
+            ``"targets"``. A joint matching makes no difference, and takes None alone.
         cost_class: Weight of the class in the matching cost.
         cost_bbox: Weight of the L1 distance in the matching cost.
         cost_giou: Weight of the negative GIoU in the matching cost.
@@ -74,6 +83,7 @@ class LogitsTerm(Term):
         weight: float = 1.0,
         prefix: str = "loss_kd_",
         matching: Matching = "positives_first",
+        negatives: Negatives | None = None,
         cost_class: float = 1.0,
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
@@ -92,6 +102,7 @@ class LogitsTerm(Term):
             weight=weight,
             prefix=prefix,
             matching=matching,
+            negatives=negatives,
             cost_class=cost_class,
             cost_bbox=cost_bbox,
             cost_giou=cost_giou,
@@ -114,16 +125,42 @@ class LogitsTerm(Term):
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Match student to teacher queries and distil."""
         student, teacher, depth = step.student, step.teacher, len(step.student.logits)
-        teacher_logits, teacher_boxes, assigned = (
+        logits, boxes, assigned = (
             select_stages(tensor, depth, stage_map=self.stage_map)
             for tensor in (teacher.logits, teacher.boxes, step.teacher_assignment)
         )
         positive = None if self.matching == "joint" else assigned >= 0
-        assignment = match_teacher(
+        match = self._match_through_targets if self.matching == "targets" else self._match_directly
+        return hungarian_distillation_loss(
             student.logits,
             student.boxes,
-            teacher_logits,
-            teacher_boxes,
+            logits,
+            boxes,
+            match(step, Predictions(logits, boxes), assigned),
+            teacher_positive=positive,
+            **step.heads.options,
+            **{name: getattr(self, name) for name in _LOSS_RULES},
+        )
+
+    def _match_through_targets(self, step: Step, teacher: Predictions, assigned: Tensor) -> Tensor:
+        """The teacher query (L, B, N) of each student query, by their targets, then by boxes."""
+        assignment = match_through_targets(step.student_assignment, assigned, step.targets.mask.shape[-1])
+        if self.negatives != "by_box":
+            return assignment
+        boxes = step.student.boxes, teacher.boxes
+        weights = {"weight_bbox": self.cost_bbox, "weight_giou": self.cost_giou}
+        return match_rest(assignment, *boxes, assigned >= 0, backend=self.backend, **weights)
+
+    def _match_directly(self, step: Step, teacher: Predictions, assigned: Tensor) -> Tensor:
+        """The teacher query (L, B, N) of each student query, by what both predict."""
+        if self.matching == "joint" and self.negatives is not None:
+            msg = f"`negatives` must be None for a joint matching, which knows none, got {self.negatives!r}"
+            raise ValueError(msg)
+        positive = None if self.matching == "joint" else assigned >= 0
+        assignment = match_teacher(
+            step.student.logits,
+            step.student.boxes,
+            *teacher,
             teacher_positive=positive,
             weight_class=self.cost_class,
             weight_bbox=self.cost_bbox,
@@ -131,13 +168,6 @@ class LogitsTerm(Term):
             backend=self.backend,
             **step.heads.options,
         )
-        return hungarian_distillation_loss(
-            student.logits,
-            student.boxes,
-            teacher_logits,
-            teacher_boxes,
-            assignment,
-            teacher_positive=positive,
-            **step.heads.options,
-            **{name: getattr(self, name) for name in _LOSS_RULES},
-        )
+        if self.negatives == "none":
+            assignment = assignment.where(gather_partners(assigned, assignment) >= 0, -1)
+        return assignment

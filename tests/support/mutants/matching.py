@@ -11,6 +11,7 @@ from detr_kd_losses import costs, matching, testing
 from detr_kd_losses.assignment import _cpu
 from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments
 
+from support import oracles
 from support.mutants.mutant import faults, law, oracle
 
 solver = partial(law, testing.ASSIGNMENT_LAWS, partial(dkl.linear_sum_assignment, backend="scipy"))
@@ -20,6 +21,14 @@ teacher = partial(law, testing.TEACHER_MATCHING_LAWS, dkl.match_teacher)
 SIZE = {"stages": 2, "images": 2, "classes": 3}
 DISTILLATION = make_distillation_arguments(students=5, teachers=6, split=True, **SIZE)
 DETECTION = make_detection_arguments(queries=6, targets=4, at_least=2, **SIZE)
+
+
+def through_targets(max_examples):
+    """More targets than either has queries, and queries without a target on both sides."""
+    students, teachers = torch.tensor([[4, -1, 0, 2], [1, 0, 3, -1]]), torch.tensor([[-1, 2, 4], [0, -1, 5]])
+    expected = oracles.match_through_targets(students.numpy(), teachers.numpy(), 6)
+    assert dkl.match_through_targets(students, teachers, 6).tolist() == expected.tolist()
+
 
 cost_value = oracle("detection_cost", DETECTION.without("target_mask").without("assignment"))
 
@@ -71,7 +80,20 @@ MUTANTS = [
             "column_mask=~column_mask",
             teacher("optimal"),
         ),
-        ("positives may be matched twice", "row_mask=positives < 0", "row_mask=None", teacher("optimal")),
+    ),
+    *faults(
+        matching._share_rest,
+        ("positives may be matched twice", "row_mask=assignment < 0", "row_mask=None", teacher("optimal")),
+    ),
+    *faults(
+        dkl.match_through_targets,
+        (
+            "a query without a target gets a partner",
+            "student_assignment >= 0",
+            "student_assignment >= -1",
+            through_targets,
+        ),
+        ("student for teacher", "invert_assignment(teacher_", "invert_assignment(student_", through_targets),
     ),
     *faults(
         dkl.detection_cost,

@@ -16,6 +16,7 @@ __all__ = [
     "check_teacher_assignment",
     "generalized_box_iou",
     "l1_distance",
+    "match_through_targets",
     "optimal_cost",
     "pairwise",
     "rows_of_positives",
@@ -154,6 +155,18 @@ def check_assignment(
     columns = np.broadcast_to(True if column_mask is None else column_mask, (*lead, m))
     for problem in np.ndindex(*lead):
         _check_problem(assignment[problem], cost[problem], rows[problem], columns[problem], rtol, resolution)
+
+
+def match_through_targets(
+    student_assignment: np.ndarray, teacher_assignment: np.ndarray, num_targets: int
+) -> np.ndarray:
+    """Return the teacher query (..., N) that has the same of the `num_targets` as the student query, else -1."""
+    pairs = np.full(student_assignment.shape, -1)
+    for entry in np.ndindex(*student_assignment.shape):
+        for m, target in enumerate(teacher_assignment[entry[:-1]]):
+            if target in range(num_targets) and target == student_assignment[entry]:
+                pairs[entry] = m
+    return pairs
 
 
 def rows_of_positives(assignment: np.ndarray, teacher_positive: np.ndarray) -> np.ndarray:

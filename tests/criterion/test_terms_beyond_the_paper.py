@@ -1,0 +1,85 @@
+"""What each term makes of a step: the parts that it calls, with what it calls them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import detr_kd_losses as dkl
+
+from support import oracles
+from support.steps import make_output, make_targets
+
+
+def distil(term, student, teacher, targets, **options):
+    return dkl.DETRDistillationLoss([term], **options)(student, teacher, targets)
+
+
+def pairs_of(student, teacher, targets, stage_map="even"):
+    """Of each student layer the assignment through the targets, and what its teacher layer predicts and is assigned."""
+    select = partial(dkl.select_stages, num_student_stages=len(student.logits), stage_map=stage_map)
+    own = dkl.match_targets(student.logits, student.boxes, *targets)
+    assigned = select(dkl.match_targets(teacher.logits, teacher.boxes, *targets))
+    number = targets.mask.shape[-1]
+    through = torch.tensor(oracles.match_through_targets(own.numpy(), assigned.numpy(), number))
+    return through, assigned, select(teacher.logits), select(teacher.boxes)
+
+
+@pytest.mark.parametrize("stage_map", ["even", "last"])
+@pytest.mark.parametrize("negatives", [None, "none", "by_box"])
+def test_logits_are_paired_through_the_targets(negatives, stage_map):
+    student, teacher, targets = make_output(0, 3, 7), make_output(1, 6, 9), make_targets((4, 2))
+    assignment, assigned, logits, boxes = pairs_of(student, teacher, targets, stage_map)
+    assert (assignment >= 0).sum() == 3 * (4 + 2)
+    if negatives == "by_box":
+        cost = dkl.distillation_cost(student.logits, student.boxes, logits, boxes, weight_class=0.0)
+        left = {"row_mask": assignment < 0, "column_mask": assigned < 0}
+        assignment = torch.where(assignment < 0, dkl.linear_sum_assignment(cost, **left), assignment)
+        assert (assignment >= 0).all()
+    expected = dkl.hungarian_distillation_loss(
+        student.logits, student.boxes, logits, boxes, assignment, teacher_positive=assigned >= 0
+    )
+    term = dkl.LogitsTerm(matching="targets", negatives=negatives, stage_map=stage_map)
+    losses = distil(term, student, teacher, targets)
+    assert_close(losses, {name.replace("loss_", "loss_kd_"): value for name, value in expected.items()})
+
+
+def test_a_target_that_the_teacher_does_not_know_pairs_nothing():
+    student, teacher, targets = make_output(0, 3, 7), make_output(1, 3, 9, channels=4), make_targets((3, 2))
+    targets.labels.remainder_(4)[0, 0] = 4
+    term = dkl.LogitsTerm(matching="targets")
+    step = dkl.Step(student, teacher, targets, heads=dkl.Heads(class_map=[0, 1, 2, 3]))
+    number = targets.mask.shape[-1]
+    pairs = oracles.match_through_targets(step.student_assignment.numpy(), step.teacher_assignment.numpy(), number)
+    assert ((step.student_assignment[:, 0] == 0) & (torch.tensor(pairs)[:, 0] >= 0)).sum() == 0
+    assert np.count_nonzero(pairs >= 0) == 3 * (2 + 2)
+    assert all(loss.isfinite() for loss in distil(term, student, teacher, targets, class_map=[0, 1, 2, 3]).values())
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0)])
+def test_without_targets_nothing_is_paired(counts):
+    student, teacher = make_output(0, 3, 7, requires_grad=True), make_output(1, 6, 9)
+    losses = distil(dkl.LogitsTerm(matching="targets"), student, teacher, make_targets(counts))
+    sum(losses.values()).backward()
+    assert student.logits.grad.isfinite().all()
+    assert (sum(losses.values()) == 0) == (counts == (0, 0))
+
+
+def test_positives_alone():
+    """The same as a weight of 0 for the negatives."""
+    inputs = make_output(0, 3, 7), make_output(1, 6, 9), make_targets()
+    alone = distil(dkl.LogitsTerm(negatives="none"), *inputs)
+    assert_close(alone, distil(dkl.LogitsTerm(weight_negative=0.0), *inputs))
+
+
+def test_a_joint_matching_has_no_negatives():
+    inputs = make_output(0, 3, 7), make_output(1, 6, 9), make_targets()
+    term = dkl.LogitsTerm(matching="joint", negatives="none")
+    with pytest.raises(ValueError, match="`negatives` must be None for a joint matching, which knows none, got 'none'"):
+        distil(term, *inputs)
+    with pytest.raises(ValueError, match="`matching` must be one of 'positives_first', 'joint', 'targets', got 'gt'"):
+        term.matching = "gt"
