@@ -45,6 +45,7 @@ from detr_kd_losses.training.offline import Geometry, OfflineTeacher, save_predi
 from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_finite, check_targets
+from detr_kd_losses.weights import confidence_weight, localization_weight, overlap_weight
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "box_xyxy_to_cxcywh",
     "check_finite",
     "check_targets",
+    "confidence_weight",
     "cosine_decay",
     "detection_cost",
     "detection_loss",
@@ -86,6 +88,7 @@ __all__ = [
     "invert_assignment",
     "linear_sum_assignment",
     "linear_warmup",
+    "localization_weight",
     "loss_magnitudes",
     "map_class_logits",
     "match_targets",
@@ -93,6 +96,7 @@ __all__ = [
     "match_through_targets",
     "matched_iou",
     "mean_quality",
+    "overlap_weight",
     "pad_targets",
     "paired_box_iou",
     "paired_generalized_box_iou",

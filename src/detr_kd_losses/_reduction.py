@@ -30,3 +30,9 @@ def replica_mean(count: Tensor, *, sync: bool, at_least: float = 1.0) -> Tensor:
     total = count.detach().clone()
     dist.all_reduce(total)
     return total.clamp(min=at_least) / dist.get_world_size()
+
+
+def replica_weight(weight: Tensor, *, sync: bool) -> Tensor:
+    """A sum of weights, averaged over the replicas likewise; however small it is, and 1 where there is no weight."""
+    total = replica_mean(weight, sync=sync, at_least=0.0)
+    return torch.where(total > 0, total, 1.0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detr_kd_losses._validation import (
     validate_dtype,
+    validate_floating,
     validate_ndim,
     validate_not_negative,
     validate_same_device,
@@ -34,6 +35,19 @@ def validate_teacher_positive(teacher_positive: Tensor, teacher_logits: Tensor) 
     validate_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
 
 
+def validate_teacher_weight(teacher_weight: Tensor, teacher_logits: Tensor) -> None:
+    """Raise unless `teacher_weight` is floating and (L, B, M) or (B, M), as `teacher_logits` (L, B, M, C)."""
+    validate_floating("teacher_weight", teacher_weight)
+    shape, teacher = tuple(teacher_weight.shape), tuple(teacher_logits.shape)
+    if shape not in (teacher[:-1], teacher[-3:-1]):
+        msg = (
+            "`teacher_weight` must have the dimensions (L, B, M) or (B, M) of `teacher_logits` "
+            f"{teacher[:-1]}, got {shape}"
+        )
+        raise ValueError(msg)
+    validate_same_device("teacher_logits", teacher_logits, teacher_weight=teacher_weight)
+
+
 def validate_batched(name: str, logits: Tensor) -> None:
     """Raise unless `logits` have a batch dimension, and perhaps stages before it."""
     if logits.ndim not in (3, 4):
@@ -53,6 +67,12 @@ def gather_partners(values: Tensor, assignment: Tensor) -> Tensor:
     if trailing:
         index = index.unsqueeze(-1).expand(*assignment.shape, *trailing)
     return values.gather(assignment.ndim - 1, index)
+
+
+def weight_of_partners(weight: Tensor, assignment: Tensor) -> Tensor:
+    """The `weight` (..., M), perhaps without stages, of the partner of each query (..., N); 0 of unmatched ones."""
+    weight = weight.expand(*assignment.shape[:-1], -1)
+    return gather_partners(weight, assignment).where(assignment >= 0, 0.0)
 
 
 def box_terms(boxes: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,3 +83,33 @@ def test_a_joint_matching_has_no_negatives():
         distil(term, *inputs)
     with pytest.raises(ValueError, match="`matching` must be one of 'positives_first', 'joint', 'targets', got 'gt'"):
         term.matching = "gt"
+
+
+@pytest.mark.parametrize("matching", ["joint", "targets"])
+@pytest.mark.parametrize("weighting", ["confidence", "overlap", "localization"])
+def test_teacher_queries_are_weighted(weighting, matching):
+    """By what the teacher says in the classes of the student: it is as sure as it is of those."""
+    student, teacher, targets = make_output(0, 3, 7), make_output(1, 6, 9, channels=7), make_targets()
+    mapped = [0, 1, 2, 3, 4, -1, -1]
+    step = dkl.Step(student, teacher, targets, heads=dkl.Heads(class_map=mapped))
+    weight = {
+        "confidence": lambda: dkl.confidence_weight(teacher.logits[..., :5]),
+        "overlap": lambda: dkl.overlap_weight(teacher.boxes, targets.boxes, targets.mask),
+        "localization": lambda: dkl.localization_weight(
+            teacher.logits[..., :5], teacher.boxes, targets.boxes, step.teacher_assignment
+        ),
+    }[weighting]()
+    logits, boxes, assigned, weight = (
+        dkl.select_stages(tensor, 3) for tensor in (teacher.logits, teacher.boxes, step.teacher_assignment, weight)
+    )
+    predictions = (student.logits, student.boxes, logits, boxes)
+    if matching == "joint":
+        pairs, positive = dkl.match_teacher(*predictions, class_map=mapped), None
+    else:
+        number = targets.mask.shape[-1]
+        pairs, positive = dkl.match_through_targets(step.student_assignment, assigned, number), assigned >= 0
+    expected = dkl.hungarian_distillation_loss(
+        *predictions, pairs, teacher_positive=positive, teacher_weight=weight, class_map=mapped
+    )
+    losses = distil(dkl.LogitsTerm(matching=matching, weighting=weighting), student, teacher, targets, class_map=mapped)
+    assert_close(losses, {name.replace("loss_", "loss_kd_"): value for name, value in expected.items()})

@@ -21,6 +21,11 @@ OURS = {
         testing.check_hungarian_distillation_loss,
     ),
     "FEATURES": (dkl.target_aware_feature_loss, testing.FEATURE_LAWS, testing.check_target_aware_feature_loss),
+    "WEIGHTED_DISTILLATION": (
+        dkl.hungarian_distillation_loss,
+        testing.WEIGHTED_DISTILLATION_LAWS,
+        testing.check_weighted_distillation_loss,
+    ),
     "TARGET_MATCHING": (dkl.match_targets, testing.TARGET_MATCHING_LAWS, testing.check_match_targets),
     "TEACHER_MATCHING": (dkl.match_teacher, testing.TEACHER_MATCHING_LAWS, testing.check_match_teacher),
 }

@@ -14,6 +14,7 @@ from support.comparisons import (
     assert_rejects,
     assert_same_evaluation,
     assert_vanishes,
+    evaluate,
     to_meta,
     to_tensors,
 )
@@ -73,6 +74,44 @@ def test_options(split, options, dtype):
 @pytest.mark.parametrize(("students", "teachers"), [(3, 8), (8, 3), (5, 5), (1, 1)])
 def test_sizes(students, teachers, stages, dtype):
     assert_agrees(cases.distillation(stages=stages, students=students, teachers=teachers), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("stages", [None, 2])
+@pytest.mark.parametrize("by_stage", [True, False])
+@pytest.mark.parametrize("options", [{}, {"weight_negative_class": 0.6, "temperature": 2.0}], ids=str)
+def test_weights_of_teacher_queries(options, by_stage, stages, dtype):
+    for split in (True, False):
+        case = cases.weighted(cases.distillation(stages=stages), stages=by_stage)
+        if not split:
+            del case["teacher_positive"]
+        assert_agrees(case, dtype, **options)
+
+
+def test_unit_weights_change_no_bit():
+    case = cases.distillation()
+    weighted = {**case, "teacher_weight": np.ones_like(case["teacher_boxes"][..., 0])}
+    assert_same_evaluation(dkl.hungarian_distillation_loss, case, weighted, torch.float32, wrt=STUDENT)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e20])
+def test_weights_matter_by_their_ratios(scale):
+    """Their sum may be far below 1, as a count of pairs may not."""
+    case = cases.weighted(cases.distillation())
+    scaled = {**case, "teacher_weight": scale * case["teacher_weight"]}
+    terms, gradients = evaluate(dkl.hungarian_distillation_loss, to_tensors(case))
+    scaled_terms, scaled_gradients = evaluate(dkl.hungarian_distillation_loss, to_tensors(scaled))
+    torch.testing.assert_close(scaled_terms, terms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(scaled_gradients, gradients, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_no_weight_is_nothing_to_distil(dtype):
+    case = cases.distillation()
+    case = {**case, "teacher_weight": np.zeros_like(case["teacher_boxes"][..., 0])}
+    for name in ("teacher_logits", "teacher_boxes", "student_boxes"):
+        case = cases.filled(case, name, np.ones(case[name].shape[:-1], dtype=bool), np.nan)
+    assert_vanishes(dkl.hungarian_distillation_loss, to_tensors(case, dtype), wrt=STUDENT)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -227,6 +266,24 @@ def test_unmatched_queries_do_not_matter(activation, class_map, value):
 )
 def test_errors(argument, change, error, match):
     assert_rejects(dkl.hungarian_distillation_loss, cases.distillation(), argument, change, error, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda x: x.long(), TypeError, "`teacher_weight` must have a floating-point dtype, got torch.int64"),
+        (
+            lambda x: x[0, 0],
+            ValueError,
+            r"`teacher_weight` must have the dimensions \(L, B, M\) or \(B, M\) of `teacher_logits` .*, got \(6,\)",
+        ),
+        (lambda x: x[..., 1:], ValueError, r"`teacher_weight` must have the dimensions .*, got \(2, 2, 5\)"),
+        (to_meta, ValueError, "`teacher_weight` must be on the device of `teacher_logits` cpu, got meta"),
+    ],
+)
+def test_errors_of_weights(change, error, match):
+    case = cases.weighted(cases.distillation())
+    assert_rejects(dkl.hungarian_distillation_loss, case, "teacher_weight", change, error, match)
 
 
 def test_errors_of_combinations():

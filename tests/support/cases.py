@@ -80,6 +80,20 @@ def distillation(
     }
 
 
+def weighted(case: Case, *, stages: bool = True, seed: int = 0) -> Case:
+    """A case of distillation with weights of the teacher queries, some of them 0; without `stages`, of all alike."""
+    shape = case["teacher_logits"].shape[:-1] if stages else case["teacher_logits"].shape[-3:-1]
+    weight = 2 * np.random.default_rng(seed).random(shape) - 0.4
+    return {**case, "teacher_weight": weight.clip(0.0)}
+
+
+def published_weights() -> Case:
+    """What weights of teacher queries are functions of; the second image has one target, which some overlap."""
+    case = of_teacher(detection(queries=9, seed=3))
+    case["target_boxes"][0, :2] = case["teacher_boxes"][0, 0, :2]
+    return case
+
+
 def predictions_only(case: Case) -> Case:
     """What costs and matching take of a case of distillation."""
     return {name: value for name, value in case.items() if name.endswith(("logits", "boxes"))}

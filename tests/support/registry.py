@@ -78,6 +78,9 @@ def distillation_trial(**options: Any) -> Trial:
     return Trial(case, {"weight_negative_class": 0.5, **options})
 
 
+WEIGHTED = distillation_trial(weight_negative=0.7)
+
+
 def between_other_heads(**options: Any) -> HeldTo:
     """The distillation loss between heads of which the sigmoid one has a channel less."""
 
@@ -120,9 +123,10 @@ HUNGARIAN_DISTILLATION = Loss(
         "distillation, softmax": distillation_trial(**SOFTMAX, temperature=0.5),
         "distillation, crossed": distillation_trial(student_activation="softmax", weight_class=0.3),
         "distillation, class map": distillation_trial(teacher_activation="softmax", class_map=[3, 0, -1]),
+        "distillation, weighted": WEIGHTED._replace(case=cases.weighted(WEIGHTED.case)),
         "distillation, class map, temperature": distillation_trial(class_map=[1, 0, -1], temperature=2.0),
     },
-    laws=testing.HUNGARIAN_DISTILLATION_LAWS,
+    laws=testing.WEIGHTED_DISTILLATION_LAWS,
     held_to=(
         HeldTo(dkl.hungarian_distillation_loss, {}),
         HeldTo(dkl.hungarian_distillation_loss, {"class_loss": "bce"}, NOT_ZERO),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detr_kd_losses._options import HEADS, WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import shared_precision
-from detr_kd_losses._reduction import masked_sum, replica_mean, sum_last
+from detr_kd_losses._reduction import masked_sum, replica_mean, replica_weight, sum_last
 from detr_kd_losses._validation import (
     validate_both_predictions,
     validate_not_negative,
@@ -22,6 +22,8 @@ from detr_kd_losses.pairs import (
     validate_assignment,
     validate_batched,
     validate_teacher_positive,
+    validate_teacher_weight,
+    weight_of_partners,
 )
 
 __all__ = ["HungarianDistillationLoss", "hungarian_distillation_loss"]
@@ -47,6 +49,7 @@ def hungarian_distillation_loss(
     assignment: Tensor,
     *,
     teacher_positive: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     class_loss: ClassLoss = "kl",
     student_activation: Activation = "sigmoid",
     teacher_activation: Activation = "sigmoid",
@@ -71,6 +74,9 @@ def hungarian_distillation_loss(
     have no term. A layer is normalised over its batch, then layers are added; a layer without pairs gives zero with
     a graph. No gradient reaches the teacher. Half-precision inputs are computed in float32.
 
+    With weights `w` of the teacher queries, each mean over pairs becomes :math:`\sum w \, term / \sum w`, of positives
+    and of negatives on their own. A query of weight 0 has no part, as if nothing were matched to it.
+
     Args:
         student_logits: (L, B, N, C) or (B, N, C), raw.
         student_boxes: (L, B, N, 4) or (B, N, 4), cxcywh in [0, 1].
@@ -81,6 +87,8 @@ def hungarian_distillation_loss(
             :func:`match_teacher`.
         teacher_positive: (L, B, M) or (B, M) bool, True = the teacher's own matching gives the query a target. None:
             every pair counts as positive, as in the paper's public code.
+        teacher_weight: (L, B, M) or (B, M), not negative: how much each teacher query counts, such as its
+            :func:`confidence_weight`. None: all the same.
         class_loss: ``"kl"``, the Kullback-Leibler divergence: Bernoulli per class for a sigmoid student, categorical
             for a softmax student. ``"bce"``, for sigmoid students: the binary cross-entropy of the public code,
             which has the same gradient and does not vanish when the student equals the teacher.
@@ -96,8 +104,8 @@ def hungarian_distillation_loss(
         weight_giou: Weight of 1 - GIoU.
         weight_negative: Weight of the negative pairs' box terms.
         weight_negative_class: Weight of the negative pairs' class term, on top of `weight_class`.
-        sync_normalizer: Whether the numbers of pairs are averaged over replicas when torch.distributed is
-            initialised.
+        sync_normalizer: Whether the numbers of pairs, or the sums of their weights, are averaged over replicas when
+            torch.distributed is initialised.
 
     Returns:
         ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
@@ -125,6 +133,11 @@ def hungarian_distillation_loss(
     student_logits, student_boxes, teacher_logits, teacher_boxes = shared_precision(
         student_logits, student_boxes, teacher_logits, teacher_boxes
     )
+    weight = None
+    if teacher_weight is not None:
+        validate_teacher_weight(teacher_weight, teacher_logits)
+        weight = weight_of_partners(teacher_weight.detach().to(teacher_logits.dtype), assignment)
+        assignment = assignment.where(weight != 0, -1)
     positive, negative = _split_pairs(assignment, teacher_positive, teacher_logits)
 
     # Unmatched queries are blanked before anything is computed, so that nothing in them reaches a gradient.
@@ -139,10 +152,11 @@ def hungarian_distillation_loss(
     distance, overlap = box_terms(student_boxes, teacher_boxes)
 
     pairs = torch.stack((positive, negative))
-    counts = replica_mean(sum_last(pairs.to(divergence.dtype), 2), sync=sync_normalizer)
+    counts = _count_pairs(pairs, divergence.dtype, weight, sync=sync_normalizer)
 
     def means(term: Tensor) -> Tensor:
         """Mean over the positive and mean over the negative pairs, each summed over layers -> (2,)."""
+        term = term if weight is None else weight * term
         return (masked_sum(term, pairs, 2) / counts).reshape(2, -1).sum(-1)
 
     classes, bboxes, gious = means(divergence) * temperature**2, means(distance), means(overlap)
@@ -169,6 +183,13 @@ def _split_pairs(assignment: Tensor, teacher_positive: Tensor | None, teacher_lo
     validate_teacher_positive(teacher_positive, teacher_logits)
     positive = gather_partners(teacher_positive, assignment) & matched
     return positive, matched & ~positive
+
+
+def _count_pairs(pairs: Tensor, dtype: torch.dtype, weight: Tensor | None, *, sync: bool) -> Tensor:
+    """What sums over the `pairs` (2, ..., N) of each layer are divided by: the number of pairs, or all their weight."""
+    if weight is None:
+        return replica_mean(sum_last(pairs.to(dtype), 2), sync=sync)
+    return replica_weight(masked_sum(weight, pairs, 2), sync=sync)
 
 
 def _class_divergence(student: LogScores, teacher: LogScores, class_loss: ClassLoss) -> Tensor:
@@ -235,6 +256,7 @@ class HungarianDistillationLoss(OptionModule):
         assignment: Tensor,
         *,
         teacher_positive: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See :func:`hungarian_distillation_loss`."""
         return hungarian_distillation_loss(
@@ -244,5 +266,6 @@ class HungarianDistillationLoss(OptionModule):
             teacher_boxes,
             assignment,
             teacher_positive=teacher_positive,
+            teacher_weight=teacher_weight,
             **self.options,
         )

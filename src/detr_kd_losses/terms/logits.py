@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -17,17 +18,20 @@ from detr_kd_losses.pairs import gather_partners, match_through_targets
 from detr_kd_losses.stages import StageMap, select_stages, validate_stage_map
 from detr_kd_losses.step import Step
 from detr_kd_losses.term import Term
+from detr_kd_losses.weights import confidence_weight, localization_weight, overlap_weight
 
 __all__ = ["LogitsTerm"]
 
 Matching = Literal["positives_first", "joint", "targets"]
 Negatives = Literal["by_box", "none"]
+Weighting = Literal["uniform", "confidence", "overlap", "localization"]
 _LOSS_RULES = {name: rule for name, rule in RULES.items() if name not in HEADS}
 
 _RULES: Rules = {
     **Term.rules,
     "matching": one_of("positives_first", "joint", "targets"),
     "negatives": one_of(None, "by_box", "none"),
+    "weighting": one_of("uniform", "confidence", "overlap", "localization"),
     **dict.fromkeys(("cost_class", "cost_bbox", "cost_giou"), validate_not_negative),
     "backend": validate_backend,
     "stage_map": validate_stage_map,
@@ -52,6 +56,9 @@ class LogitsTerm(Term):
         negatives: What becomes of the teacher queries without a target: ``"by_box"``, they share the student queries
             that are left, by box; ``"none"``, they teach nothing. None: as the matching has it, ``"none"`` for
             ``"targets"``. A joint matching makes no difference, and takes None alone.
+        weighting: How much a teacher query counts: ``"uniform"``, all the same; ``"confidence"``
+            (:func:`confidence_weight`, KD-DETR's); ``"overlap"`` (:func:`overlap_weight`, QSKD's); ``"localization"``
+            (:func:`localization_weight`, D-FINE's).
         cost_class: Weight of the class in the matching cost.
         cost_bbox: Weight of the L1 distance in the matching cost.
         cost_giou: Weight of the negative GIoU in the matching cost.
@@ -84,6 +91,7 @@ class LogitsTerm(Term):
         prefix: str = "loss_kd_",
         matching: Matching = "positives_first",
         negatives: Negatives | None = None,
+        weighting: Weighting = "uniform",
         cost_class: float = 1.0,
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
@@ -103,6 +111,7 @@ class LogitsTerm(Term):
             prefix=prefix,
             matching=matching,
             negatives=negatives,
+            weighting=weighting,
             cost_class=cost_class,
             cost_bbox=cost_bbox,
             cost_giou=cost_giou,
@@ -125,10 +134,9 @@ class LogitsTerm(Term):
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Match student to teacher queries and distil."""
         student, teacher, depth = step.student, step.teacher, len(step.student.logits)
-        logits, boxes, assigned = (
-            select_stages(tensor, depth, stage_map=self.stage_map)
-            for tensor in (teacher.logits, teacher.boxes, step.teacher_assignment)
-        )
+        select = partial(select_stages, num_student_stages=depth, stage_map=self.stage_map)
+        logits, boxes, assigned = map(select, (teacher.logits, teacher.boxes, step.teacher_assignment))
+        weight = self._weigh(step)
         positive = None if self.matching == "joint" else assigned >= 0
         match = self._match_through_targets if self.matching == "targets" else self._match_directly
         return hungarian_distillation_loss(
@@ -138,9 +146,21 @@ class LogitsTerm(Term):
             boxes,
             match(step, Predictions(logits, boxes), assigned),
             teacher_positive=positive,
+            teacher_weight=None if weight is None else select(weight),
             **step.heads.options,
             **{name: getattr(self, name) for name in _LOSS_RULES},
         )
+
+    def _weigh(self, step: Step) -> Tensor | None:
+        """How much each teacher query (L_T, B, M) counts; None: all the same."""
+        boxes, targets, head = step.teacher.boxes, step.known_targets, {"activation": step.heads.teacher}
+        if self.weighting == "confidence":
+            return confidence_weight(step.teacher_logits, **head)
+        if self.weighting == "overlap":
+            return overlap_weight(boxes, targets.boxes, targets.mask)
+        if self.weighting == "localization":
+            return localization_weight(step.teacher_logits, boxes, targets.boxes, step.teacher_assignment, **head)
+        return None
 
     def _match_through_targets(self, step: Step, teacher: Predictions, assigned: Tensor) -> Tensor:
         """The teacher query (L, B, N) of each student query, by their targets, then by boxes."""

@@ -25,7 +25,8 @@ What a function is called with stands in :mod:`~detr_kd_losses.testing.signature
 and the laws that need them raise :class:`LawNotApplicable`, which says what to put into ``skip``. A loss that returns a
 scalar is told likewise which laws need its terms by name.
 
-:mod:`~detr_kd_losses.testing.loss_laws` and :mod:`~detr_kd_losses.testing.solver_laws` have the laws,
+:mod:`~detr_kd_losses.testing.loss_laws`, :mod:`~detr_kd_losses.testing.query_laws` and
+:mod:`~detr_kd_losses.testing.solver_laws` have the laws,
 :mod:`~detr_kd_losses.testing.law` how to write one, :mod:`~detr_kd_losses.testing.makers` the calls that an error
 names, :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
 """
@@ -44,6 +45,7 @@ from detr_kd_losses.testing.checks import (
     check_match_targets,
     check_match_teacher,
     check_target_aware_feature_loss,
+    check_weighted_distillation_loss,
 )
 from detr_kd_losses.testing.law import Law, check_laws
 from detr_kd_losses.testing.loss_laws import (
@@ -52,6 +54,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
+from detr_kd_losses.testing.query_laws import WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.report import LawReport, Verdict, law_report
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 from detr_kd_losses.testing.subject import LawNotApplicable
@@ -64,6 +67,7 @@ __all__ = [
     "HUNGARIAN_DISTILLATION_LAWS",
     "TARGET_MATCHING_LAWS",
     "TEACHER_MATCHING_LAWS",
+    "WEIGHTED_DISTILLATION_LAWS",
     "Law",
     "LawNotApplicable",
     "LawReport",
@@ -76,5 +80,6 @@ __all__ = [
     "check_match_targets",
     "check_match_teacher",
     "check_target_aware_feature_loss",
+    "check_weighted_distillation_loss",
     "law_report",
 ]

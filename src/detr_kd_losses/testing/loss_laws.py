@@ -42,8 +42,8 @@ __all__ = ["CRITERION_LAWS", "DETECTION_LAWS", "FEATURE_LAWS", "HUNGARIAN_DISTIL
 _WEIGHTS = {"weight_class": "loss_class", "weight_bbox": "loss_bbox", "weight_giou": "loss_giou"}
 # What may be written where nothing counts.
 _FILLS = (1e30, float("nan"))
-_WITH_AREA = ("generic", "touching", "identical", "full")
-_GENERIC: dict[str, Any] = {"box_kinds": ("generic",), "logit_kinds": ("generic",)}
+WITH_AREA = ("generic", "touching", "identical", "full")
+GENERIC: dict[str, Any] = {"box_kinds": ("generic",), "logit_kinds": ("generic",)}
 
 
 @law("zero_at_teacher", "where the student equals the teacher, loss and gradient are 0")
@@ -227,6 +227,9 @@ def gradients(loss: Function, arguments: Arguments) -> None:
     torch.autograd.gradcheck(total, [arguments[name].clone().requires_grad_() for name in names], fast_mode=True)
 
 
+zero_at_empty_boxes = zero_at_teacher.called(
+    "zero_at_empty_boxes", "where the student equals the teacher, boxes without area have loss and gradient 0, too"
+)
 query_permutation = student_permutation.called("query_permutation", "the order of the queries does not matter")
 _replicas_with_targets = "the mean over replicas is the loss of the whole batch, if no replica is without a target"
 
@@ -235,12 +238,8 @@ HUNGARIAN_DISTILLATION_LAWS = laws_by_name(
     distillation_arguments(),
     # The first: without pairs a mean is NaN, and would break other laws for a reason that is not theirs.
     no_pairs,
-    zero_at_teacher.on(distillation_arguments(box_kinds=_WITH_AREA)),
-    zero_at_teacher.on(
-        distillation_arguments(box_kinds=("degenerate",)),
-        name="zero_at_empty_boxes",
-        sentence="where the student equals the teacher, boxes without area have loss and gradient 0, too",
-    ),
+    zero_at_teacher.on(distillation_arguments(box_kinds=WITH_AREA)),
+    zero_at_empty_boxes.on(distillation_arguments(box_kinds=("degenerate",))),
     non_negative,
     finite,
     student_permutation,
@@ -254,7 +253,7 @@ HUNGARIAN_DISTILLATION_LAWS = laws_by_name(
     negatives_by_box,
     teacher_detached,
     half_precision,
-    gradients.on(distillation_arguments(**_GENERIC)),
+    gradients.on(distillation_arguments(**GENERIC)),
 )
 
 DETECTION_LAWS = laws_by_name(
@@ -272,7 +271,7 @@ DETECTION_LAWS = laws_by_name(
     no_targets,
     teacher_detached.called("targets_detached", "no gradient reaches the targets"),
     half_precision,
-    gradients.on(detection_arguments(**_GENERIC)),
+    gradients.on(detection_arguments(**GENERIC)),
 )
 
 FEATURE_LAWS = laws_by_name(

@@ -30,6 +30,7 @@ __all__ = [
     "PLANTED",
     "TARGET_MATCHING",
     "TEACHER_MATCHING",
+    "WEIGHTED_DISTILLATION",
     "group_outputs",
 ]
 
@@ -64,6 +65,11 @@ DISTILLATION = Signature(
     keywords=("teacher_positive",),
     returns=_LOSS,
     twin=_predict_as_teacher,
+)
+WEIGHTED_DISTILLATION = replace(
+    DISTILLATION,
+    axes={**DISTILLATION.axes, "teacher_weight": "LBM"},
+    keywords=("teacher_positive", "teacher_weight"),
 )
 DETECTION = Signature(
     {

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-import detr_kd_losses as dkl
-from detr_kd_losses import boxes, pairs
-from detr_kd_losses.losses import detection, logits
-from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments
+from inspect import signature
 
+import numpy as np
+import torch
+
+import detr_kd_losses as dkl
+from detr_kd_losses import _reduction, boxes, pairs
+from detr_kd_losses.losses import detection, logits
+from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments, make_weighted_arguments
+
+from support import cases, oracles
 from support.mutants.mutant import faults, law_of, oracle
 
 SIZE = {"stages": 2, "images": 2, "classes": 3}
 DISTILLATION = make_distillation_arguments(students=5, teachers=6, split=True, **SIZE)
+WEIGHTED = make_weighted_arguments(students=5, teachers=6, split=True, weighted=True, **SIZE)
 DETECTION = make_detection_arguments(queries=6, targets=4, at_least=2, **SIZE)
+
+WEIGHTS = {name: getattr(dkl, name) for name in ("confidence_weight", "overlap_weight", "localization_weight")}
 
 distillation = law_of(dkl.hungarian_distillation_loss)
 detected = law_of(dkl.detection_loss)
 group = law_of(dkl.teacher_assigned_query_loss)
+weighted_value = oracle("hungarian_distillation_loss", WEIGHTED)
 distillation_value = oracle("hungarian_distillation_loss", DISTILLATION)
 detection_value = oracle("detection_loss", DETECTION)
 cross_entropy_value = oracle("detection_loss", DETECTION, class_loss="cross_entropy")
+
+
+def published_weights(max_examples):
+    """Each weight of queries is its oracle's."""
+    case = cases.published_weights()
+    for name, function in WEIGHTS.items():
+        arguments = {argument: case[argument] for argument in signature(function).parameters if argument in case}
+        actual = function(**{argument: torch.tensor(array) for argument, array in arguments.items()})
+        np.testing.assert_allclose(actual, getattr(oracles, name)(*arguments.values()), atol=1e-12, err_msg=name)
+    softmax = dkl.confidence_weight(torch.tensor(case["teacher_logits"]), activation="softmax")
+    np.testing.assert_allclose(softmax, oracles.confidence_weight(case["teacher_logits"], activation="softmax"))
+
 
 MUTANTS = [
     *faults(
@@ -61,13 +83,9 @@ MUTANTS = [
         ("normaliser of the first layer", "/ counts)", "/ counts[..., :1])", distillation("stages_add")),
         ("mean over layers", "reshape(2, -1).sum(-1)", "reshape(2, -1).mean(-1)", distillation("stages_add")),
         ("maximum over layers", "reshape(2, -1).sum(-1)", "reshape(2, -1).amax(-1)", distillation("stages_add")),
-        (
-            "normaliser of each image",
-            "sum_last(pairs.to(divergence.dtype), 2)",
-            "sum_last(pairs.to(divergence.dtype), 2) / pairs.shape[-2]",
-            distillation("images_join"),
-        ),
         ("normaliser of each replica", "sync=sync_normalizer", "sync=False", distillation("replicas")),
+        ("weights are only summed", "else weight * term", "else term", weighted_value),
+        ("no weight, but a part", "weight != 0", "weight != -1", distillation("weightless")),
         (
             "temperature unsquared",
             "temperature**2",
@@ -81,6 +99,34 @@ MUTANTS = [
             "= (student_logits, student_boxes, teacher_logits, teacher_boxes)",
             distillation("half_precision"),
         ),
+    ),
+    *faults(
+        logits._count_pairs,
+        (
+            "normaliser of each image",
+            "sum_last(pairs.to(dtype), 2)",
+            "sum_last(pairs.to(dtype), 2) / pairs.shape[-2]",
+            distillation("images_join"),
+        ),
+        ("weights have no sum", "masked_sum(weight, pairs, 2)", "sum_last(pairs.to(dtype), 2)", weighted_value),
+    ),
+    *faults(
+        _reduction.replica_weight,
+        ("weights are at least 1", "at_least=0.0", "at_least=1.0", distillation("equal_weights")),
+        ("no weight divides", "total > 0", "total >= 0", distillation("no_pairs")),
+    ),
+    *faults(
+        dkl.confidence_weight,
+        ("confidence of no object", "logits.softmax(-1)[..., :-1]", "logits.softmax(-1)", published_weights),
+    ),
+    *faults(
+        dkl.overlap_weight,
+        ("padding overlaps", "giou.where(target_mask.unsqueeze(-2), -1.0)", "giou", published_weights),
+        ("queries far from targets count", "best > threshold", "best > -2", published_weights),
+    ),
+    *faults(
+        dkl.localization_weight,
+        ("a confidence for an overlap", "matched, iou, confidence", "~matched, iou, confidence", published_weights),
     ),
     *faults(
         logits._split_pairs,

@@ -9,3 +9,4 @@ from .autodiff import *  # noqa: F403
 from .features import *  # noqa: F403
 from .geometry import *  # noqa: F403
 from .losses import *  # noqa: F403
+from .weights import *  # noqa: F403

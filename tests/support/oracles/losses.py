@@ -199,6 +199,7 @@ def hungarian_distillation_loss(
     assignment: np.ndarray,
     *,
     teacher_positive: np.ndarray | None = None,
+    teacher_weight: np.ndarray | None = None,
     class_loss: str = "kl",
     student_activation: str = "sigmoid",
     teacher_activation: str = "sigmoid",
@@ -210,7 +211,13 @@ def hungarian_distillation_loss(
     weight_negative: float = 1.0,
     weight_negative_class: float = 0.0,
 ) -> Terms:
-    """Return the three terms of Eq. 3 (positives) and Eq. 4 (negatives), summed over the stages (Eq. 5)."""
+    """Return the three terms of Eq. 3 (positives) and Eq. 4 (negatives), summed over the stages (Eq. 5).
+
+    With weights of the teacher queries, (L, B, M) or (B, M), a mean is sum(w term) / sum(w), 0 without weight.
+    """
+    if teacher_weight is not None:
+        teacher_weight = np.broadcast_to(teacher_weight, teacher_logits.shape[:-1])
+    _, teacher_weight = _stages(student_logits, teacher_weight)
     student_logits, student_boxes, teacher_logits, teacher_boxes, assignment, teacher_positive = _stages(
         student_logits, student_boxes, teacher_logits, teacher_boxes, assignment, teacher_positive
     )
@@ -243,14 +250,15 @@ def hungarian_distillation_loss(
             (positives, 1.0, 1.0),
             (negatives, weight_negative_class, weight_negative),
         ):
-            count = max(len(pairs), 1)
-            for s, t in pairs:
+            weights = [1.0 if teacher_weight is None else teacher_weight[t] for _, t in pairs]
+            count = sum(weights) or 1.0
+            for (s, t), weight in zip(pairs, weights, strict=True):
                 divergence = d_class(student_logits[s], teacher_logits[t])
                 l1 = l1_distance(student_boxes[s], teacher_boxes[t])
                 giou = generalized_box_iou(student_boxes[s], teacher_boxes[t])
-                terms["loss_class"] += weight_class * class_share * divergence / count
-                terms["loss_bbox"] += weight_bbox * box_share * l1 / count
-                terms["loss_giou"] += weight_giou * box_share * (1.0 - giou) / count
+                terms["loss_class"] += weight_class * class_share * weight * divergence / count
+                terms["loss_bbox"] += weight_bbox * box_share * weight * l1 / count
+                terms["loss_giou"] += weight_giou * box_share * weight * (1.0 - giou) / count
     return terms
 
 

@@ -1,0 +1,66 @@
+"""The laws of distillation losses beyond the paper's: of weights of the teacher queries.
+
+>>> import detr_kd_losses as dkl
+>>> WEIGHTED_DISTILLATION_LAWS["equal_weights"](dkl.hungarian_distillation_loss, max_examples=5)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from detr_kd_losses.testing import loss_laws as laws
+from detr_kd_losses.testing.arguments import Arguments
+from detr_kd_losses.testing.law import Function, law, laws_by_name
+from detr_kd_losses.testing.makers import weighted_arguments
+from detr_kd_losses.testing.requirements import require_equal
+from detr_kd_losses.testing.signatures import WEIGHTED_DISTILLATION
+
+__all__ = ["WEIGHTED_DISTILLATION_LAWS"]
+
+
+@law("equal_weights", "equal weights of the teacher queries are as none", needs=["teacher_weight"])
+def equal_weights(loss: Function, arguments: Arguments) -> None:
+    equal = arguments.replaced(teacher_weight=torch.full_like(arguments["teacher_boxes"][..., 0], 0.3))
+    require_equal(equal.terms(loss), arguments.without("teacher_weight").terms(loss))
+
+
+@law("weightless", "a teacher query of weight 0 is as unmatched, whatever it holds", needs=["teacher_weight"])
+def weightless(loss: Function, arguments: Arguments) -> None:
+    weight = arguments.tensors.get("teacher_weight", torch.ones_like(arguments["teacher_boxes"][..., 0])).clone()
+    weight[..., ::2] = 0
+    assignment = arguments["assignment"]
+    dropped = torch.where(assignment % 2 == 0, -1, assignment)
+    blank = {
+        name: arguments[name].masked_fill((weight == 0).unsqueeze(-1), float("nan"))
+        for name in ("teacher_logits", "teacher_boxes")
+    }
+    expected = arguments.replaced(teacher_weight=weight, assignment=dropped).terms_and_gradients(loss)
+    for actual, wanted in zip(
+        arguments.replaced(teacher_weight=weight, **blank).terms_and_gradients(loss), expected, strict=True
+    ):
+        require_equal(actual, wanted)
+
+
+WEIGHTED_DISTILLATION_LAWS = laws_by_name(
+    WEIGHTED_DISTILLATION,
+    weighted_arguments(),
+    laws.no_pairs,
+    laws.zero_at_teacher.on(weighted_arguments(box_kinds=laws.WITH_AREA)),
+    laws.zero_at_empty_boxes.on(weighted_arguments(box_kinds=("degenerate",))),
+    laws.non_negative,
+    laws.finite,
+    laws.student_permutation,
+    laws.teacher_permutation,
+    laws.unmatched_students,
+    laws.unmatched_teachers,
+    laws.images_join,
+    laws.stages_add,
+    laws.replicas,
+    laws.weights_linear,
+    laws.negatives_by_box,
+    equal_weights,
+    weightless,
+    laws.teacher_detached,
+    laws.half_precision,
+    laws.gradients.on(weighted_arguments(**laws.GENERIC)),
+)
