@@ -24,6 +24,7 @@ from detr_kd_losses.losses.query_group import (
     query_group_attention_mask,
     teacher_assigned_query_loss,
 )
+from detr_kd_losses.losses.shared_queries import SharedQueryDistillationLoss, shared_query_distillation_loss
 from detr_kd_losses.matching import match_targets, match_teacher
 from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, pad_targets
 from detr_kd_losses.pairs import assignment_to_indices, invert_assignment, match_through_targets
@@ -33,6 +34,7 @@ from detr_kd_losses.term import Term
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
+from detr_kd_losses.terms.shared_queries import SharedQueryTerm
 from detr_kd_losses.training.diagnostics import (
     LossMagnitude,
     assignment_instability,
@@ -45,7 +47,7 @@ from detr_kd_losses.training.offline import Geometry, OfflineTeacher, save_predi
 from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_finite, check_targets
-from detr_kd_losses.weights import confidence_weight, localization_weight, overlap_weight
+from detr_kd_losses.weights import best_queries, confidence_weight, localization_weight, overlap_weight
 
 __version__ = "0.1.0"
 
@@ -64,6 +66,8 @@ __all__ = [
     "OfflineTeacher",
     "Predictions",
     "QueryGroupTerm",
+    "SharedQueryDistillationLoss",
+    "SharedQueryTerm",
     "Step",
     "TargetAwareFeatureLoss",
     "TargetMatching",
@@ -72,6 +76,7 @@ __all__ = [
     "Term",
     "assignment_instability",
     "assignment_to_indices",
+    "best_queries",
     "box_area",
     "box_cxcywh_to_xyxy",
     "box_iou",
@@ -106,6 +111,7 @@ __all__ = [
     "save_predictions",
     "select_backend",
     "select_stages",
+    "shared_query_distillation_loss",
     "stop_after",
     "target_aware_feature_loss",
     "target_aware_mask",

@@ -55,7 +55,10 @@ class DetectorOutput(NamedTuple):
         queries: (L, B, N, D), the decoder's outputs; needed of a teacher for the feature loss.
         features: (B, D, H, W) or a sequence of levels, for the feature loss.
         padding_mask: (B, H, W) bool, True = a valid cell, or one per level of `features`. None: all valid.
-        group: A student's predictions for the M queries of the teacher, an extra group of its decoder.
+        group: A student's predictions for the M queries of the teacher, an extra group of its decoder; of a teacher,
+            predictions for other queries that the student's group has, too.
+        group_index: (B, K) int64, which K of the teacher's queries a student's `group` has (:func:`best_queries`).
+            None: all of them, in order.
 
     Examples:
         >>> output = DetectorOutput(torch.zeros(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
@@ -71,6 +74,7 @@ class DetectorOutput(NamedTuple):
     features: Tensor | Sequence[Tensor] | None = None
     padding_mask: Tensor | Sequence[Tensor] | None = None
     group: Predictions | None = None
+    group_index: Tensor | None = None
 
     def to(self, device: torch.device | str) -> DetectorOutput:
         """The same on `device`."""
@@ -152,6 +156,8 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
     if output.group is not None:
         validate_record(f"{name}.group", output.group, Predictions, "Predictions(logits, boxes)")
         validate_predictions(f"{name}.group.", *output.group)
+    if output.group_index is not None:
+        _validate_group_index(name, output)
     validate_predictions(f"{name}.", output.logits, output.boxes)
     if output.logits.ndim == 3:
         queries = None if output.queries is None else output.queries.unsqueeze(0)
@@ -163,6 +169,18 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
         msg = f"`{name}.logits` must have shape (L, B, N, C) or (B, N, C), got {tuple(output.logits.shape)}"
         raise ValueError(msg)
     return output
+
+
+def _validate_group_index(name: str, output: DetectorOutput) -> None:
+    """Raise unless `group_index` (B, K) is of a group (..., B, K, C)."""
+    index, group = output.group_index, output.group
+    if index is None or group is None:
+        msg = f"`{name}.group` must be given where `{name}.group_index` is, got None"
+        raise ValueError(msg)
+    validate_dtype(f"{name}.group_index", index, torch.int64)
+    shape = group.logits.shape[-3:-1]
+    validate_same_shape(f"{name}.group_index", index.shape, f"{name}.group.logits", shape, "(B, K)")
+    validate_same_device(f"{name}.logits", output.logits, **{f"{name}.group_index": index})
 
 
 def validate_step(student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> None:

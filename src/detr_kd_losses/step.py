@@ -12,6 +12,7 @@ from detr_kd_losses.assignment import validate_backend
 from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of
 from detr_kd_losses.matching import match_targets
 from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, validate_step, with_stages
+from detr_kd_losses.pairs import gather_partners
 
 __all__ = ["Step", "TargetMatching"]
 
@@ -153,6 +154,11 @@ class Step:
             student = Predictions(self.student.logits, self.student.boxes)
             self._student_assignment = self._student_matching(student, self.targets, self.heads.student)
         return self._student_assignment
+
+    def of_group(self, teacher: Tensor) -> Tensor:
+        """What of the teacher's (L_T, B, M, ...) belongs to the queries of the student's group."""
+        index = self.student.group_index
+        return teacher if index is None else gather_partners(teacher, index.expand(len(teacher), -1, -1))
 
     @property
     def zero(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ from detr_kd_losses._validation import (
     validate_boxes,
     validate_choice,
     validate_dtype,
+    validate_in_unit_interval,
     validate_logits,
     validate_number,
+    validate_positive,
     validate_predictions,
     validate_same_device,
     validate_same_shape,
@@ -21,7 +25,7 @@ from detr_kd_losses.boxes import box_cxcywh_to_xyxy, generalized_box_iou, paired
 from detr_kd_losses.heads import ACTIVATIONS, Activation
 from detr_kd_losses.pairs import gather_partners, validate_assignment
 
-__all__ = ["confidence_weight", "localization_weight", "overlap_weight"]
+__all__ = ["best_queries", "confidence_weight", "localization_weight", "overlap_weight"]
 
 
 @torch.no_grad()
@@ -56,6 +60,34 @@ def confidence_weight(teacher_logits: Tensor, *, activation: Activation = "sigmo
         return logits.amax(-1).sigmoid()
     scores = logits.softmax(-1)[..., :-1]
     return scores.amax(-1) if scores.shape[-1] else scores.sum(-1)
+
+
+@torch.no_grad()
+def best_queries(teacher_logits: Tensor, share: float, *, activation: Activation = "sigmoid") -> Tensor:
+    """The queries of which a teacher is surest, by :func:`confidence_weight`: the ``group_index`` of a smaller group.
+
+    Args:
+        teacher_logits: (..., M, C), raw; mostly of the last decoder layer, (B, M, C).
+        share: How many of the M, above 0 and at most 1; rounded up.
+        activation: Head of the teacher: ``"sigmoid"``, or ``"softmax"`` with "no object" as its last channel.
+
+    Returns:
+        (..., K) int64, the surest first, with K = ceil(`share` M).
+
+    Raises:
+        ValueError: If `teacher_logits` have no class, or an option does not fit.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> best_queries(torch.tensor([[[2.0], [-1.0], [3.0]]]), 0.5)
+        tensor([[2, 0]])
+    """
+    validate_in_unit_interval("share", share)
+    validate_positive("share", share)
+    confidence = confidence_weight(teacher_logits, activation=activation)
+    # Rounded first: a third of 300 is 100, however the third is written.
+    number = math.ceil(round(share * confidence.shape[-1], 6))
+    return confidence.topk(number, dim=-1).indices
 
 
 @torch.no_grad()

@@ -37,7 +37,10 @@ TERMS = {
     "official": lambda: "official",
     "paper": lambda: "paper",
     "a term from outside": lambda: [dkl.LogitsTerm(), ScoreTerm(weight=2.0)],
-    "beyond the paper": lambda: [dkl.LogitsTerm(matching="targets", negatives="by_box")],
+    "beyond the paper": lambda: [
+        dkl.LogitsTerm(matching="targets", negatives="by_box", weighting="overlap"),
+        dkl.SharedQueryTerm(),
+    ],
     "a weight of 0": lambda: [dkl.LogitsTerm(weight=0), dkl.FeatureTerm([8, 8], [8, 8], weight=0), ScoreTerm()],
 }
 

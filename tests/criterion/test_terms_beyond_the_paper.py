@@ -113,3 +113,62 @@ def test_teacher_queries_are_weighted(weighting, matching):
     )
     losses = distil(dkl.LogitsTerm(matching=matching, weighting=weighting), student, teacher, targets, class_map=mapped)
     assert_close(losses, {name.replace("loss_", "loss_kd_"): value for name, value in expected.items()})
+
+
+def shared_losses(losses):
+    return {name.replace("loss_", "loss_kd_shared_"): value for name, value in losses.items()}
+
+
+@pytest.mark.parametrize("stage_map", ["last", "even"])
+@pytest.mark.parametrize("weighting", ["confidence", "uniform"])
+def test_the_group_learns_the_teachers_own_answers(weighting, stage_map):
+    student, teacher, targets = make_output(0, 3, 7, group=9), make_output(1, 6, 9), make_targets()
+    taught = (dkl.select_stages(tensor, 3, stage_map=stage_map) for tensor in (teacher.logits, teacher.boxes))
+    expected = dkl.shared_query_distillation_loss(*student.group, *taught, weighting=weighting)
+    term = dkl.SharedQueryTerm(weighting=weighting, stage_map=stage_map)
+    assert_close(distil(term, student, teacher, targets), shared_losses(expected))
+    assert (dkl.SharedQueryTerm().stage_map, dkl.SharedQueryTerm().weighting) == ("last", "confidence")
+
+
+def test_the_best_queries_are_enough():
+    """The same as the rows of the teacher's own predictions, or of its assignment, for these queries."""
+    student, teacher, targets = make_output(0, 3, 7, group=4), make_output(1, 6, 9), make_targets()
+    index = dkl.best_queries(teacher.logits[-1], 4 / 9)
+    best = [torch.stack([tensor[:, image, index[image]] for image in range(2)], 1) for tensor in teacher[:2]]
+    group = student._replace(group_index=index)
+    taught = (dkl.select_stages(tensor, 3, stage_map="last") for tensor in best)
+    expected = dkl.shared_query_distillation_loss(*student.group, *taught)
+    assert_close(distil(dkl.SharedQueryTerm(), group, teacher, targets), shared_losses(expected))
+    assigned = dkl.match_targets(teacher.logits, teacher.boxes, *targets)
+    assigned = torch.stack([assigned[:, image, index[image]] for image in range(2)], 1)
+    expected = dkl.teacher_assigned_query_loss(*student.group, *targets, dkl.select_stages(assigned, 3))
+    losses = distil(dkl.QueryGroupTerm(), group, teacher, targets)
+    assert_close(losses, {name.replace("loss_", "loss_kd_group_"): value for name, value in expected.items()})
+
+
+def test_queries_of_ones_own_run_through_both_decoders():
+    """Where the teacher has a group, too, it is what teaches, of as many queries as there are."""
+    student, teacher, targets = make_output(0, 3, 7, group=5), make_output(1, 6, 9, group=5), make_targets()
+    taught = (tensor[-1:].expand(3, -1, -1, -1) for tensor in teacher.group)
+    expected = dkl.shared_query_distillation_loss(*student.group, *taught)
+    assert_close(distil(dkl.SharedQueryTerm(), student, teacher, targets), shared_losses(expected))
+    with pytest.raises(ValueError, match=r"`teacher.group` must be None for the query group term"):
+        distil(dkl.QueryGroupTerm(), student, teacher, targets)
+
+
+def test_shared_queries_apply_where_there_is_a_group():
+    student, teacher, targets = make_output(0, 3, 7), make_output(1, 6, 9), make_targets()
+    assert distil(dkl.SharedQueryTerm(), student, teacher, targets) == {}
+    with pytest.raises(ValueError, match=r"`student.group` must be given where `teacher.group` is, got None"):
+        distil(dkl.SharedQueryTerm(), student, make_output(1, 6, 9, group=5), targets)
+    few = make_output(0, 3, 7, group=8)
+    message = r"`student.group` and `the teacher's queries` must have the same dimensions \(B, K\), got \(2, 8\) and"
+    with pytest.raises(ValueError, match=message):
+        distil(dkl.SharedQueryTerm(), few, teacher, targets)
+    index = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"`student.group_index` and `student.group.logits` must have the same"):
+        distil(dkl.SharedQueryTerm(), few._replace(group_index=index), teacher, targets)
+    with pytest.raises(ValueError, match=r"`student.group` must be given where `student.group_index` is, got None"):
+        distil(dkl.SharedQueryTerm(), student._replace(group_index=index), teacher, targets)
+    with pytest.raises(ValueError, match="`class_loss` must be 'kl' for a softmax student, got 'bce'"):
+        dkl.DETRDistillationLoss([dkl.SharedQueryTerm(class_loss="bce")], student_activation="softmax")

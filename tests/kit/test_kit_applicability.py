@@ -205,6 +205,7 @@ def test_no_law_passes_a_function_without_any_keyword_by_a_type_error(law):
         "TEACHER_MATCHING": dkl.match_teacher,
         "DISTILLATION": dkl.hungarian_distillation_loss,
         "WEIGHTED_DISTILLATION": dkl.hungarian_distillation_loss,
+        "SHARED_QUERIES": dkl.shared_query_distillation_loss,
         "DETECTION": dkl.detection_loss,
         "FEATURES": dkl.target_aware_feature_loss,
         "CRITERION": dkl.DETRDistillationLoss(),

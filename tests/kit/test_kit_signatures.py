@@ -26,6 +26,11 @@ OURS = {
         testing.WEIGHTED_DISTILLATION_LAWS,
         testing.check_weighted_distillation_loss,
     ),
+    "SHARED_QUERIES": (
+        dkl.shared_query_distillation_loss,
+        testing.SHARED_QUERY_LAWS,
+        testing.check_shared_query_distillation_loss,
+    ),
     "TARGET_MATCHING": (dkl.match_targets, testing.TARGET_MATCHING_LAWS, testing.check_match_targets),
     "TEACHER_MATCHING": (dkl.match_teacher, testing.TEACHER_MATCHING_LAWS, testing.check_match_teacher),
 }

@@ -99,6 +99,11 @@ def predictions_only(case: Case) -> Case:
     return {name: value for name, value in case.items() if name.endswith(("logits", "boxes"))}
 
 
+def shared(*, stages: int | None = STAGES, queries: int = 4, seed: int = 0, **heads: Any) -> Case:
+    """Predictions of a student and of a teacher for the same queries."""
+    return predictions_only(distillation(stages=stages, students=queries, teachers=queries, seed=seed, **heads))
+
+
 def targets(rng: np.random.Generator, count: int = TARGETS) -> Case:
     """Padded targets (B, count): all of them in the first image, two less in the second."""
     mask = np.zeros((IMAGES, count), dtype=bool)

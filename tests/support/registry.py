@@ -141,6 +141,24 @@ HUNGARIAN_DISTILLATION = Loss(
     ),
 )
 
+SHARED_QUERIES = Loss(
+    dkl.shared_query_distillation_loss,
+    dkl.SharedQueryDistillationLoss,
+    wrt=("student_logits", "student_boxes"),
+    trials={
+        "shared queries": Trial(cases.shared(), {"temperature": 2.0}),
+        "shared queries, uniform": Trial(cases.shared(), {"weighting": "uniform", "class_loss": "bce"}),
+        "shared queries, softmax": Trial(cases.shared(**SOFTMAX), {**SOFTMAX, "weight_bbox": 1.0}),
+        "shared queries, class map": Trial(cases.shared(class_map=[1, 0, -1]), {"class_map": [1, 0, -1]}),
+    },
+    laws=testing.SHARED_QUERY_LAWS,
+    held_to=(
+        HeldTo(dkl.shared_query_distillation_loss, {}),
+        HeldTo(dkl.shared_query_distillation_loss, {"weighting": "uniform", "class_loss": "bce"}, NOT_ZERO),
+        HeldTo(dkl.shared_query_distillation_loss, {**SOFTMAX, "temperature": 2.0}),
+    ),
+)
+
 DETECTION = Loss(
     dkl.detection_loss,
     dkl.DetectionLoss,
@@ -209,6 +227,6 @@ FEATURES = Loss(
     ),
 )
 
-LOSSES = {loss.name: loss for loss in (HUNGARIAN_DISTILLATION, DETECTION, QUERY_GROUP, FEATURES)}
+LOSSES = {loss.name: loss for loss in (HUNGARIAN_DISTILLATION, SHARED_QUERIES, DETECTION, QUERY_GROUP, FEATURES)}
 # Every trial of every loss, by the name of the trial.
 TRIALS = {name: (loss, trial) for loss in LOSSES.values() for name, trial in loss.trials.items()}

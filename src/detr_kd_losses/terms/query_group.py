@@ -95,9 +95,15 @@ class QueryGroupTerm(Term):
         if step.student.group is None:
             msg = "`student.group` must be given where `teacher.group` is, got None"
             raise ValueError(msg)
+        if step.teacher.group is not None:
+            msg = (
+                "`teacher.group` must be None for the query group term, whose group has the teacher's own queries "
+                "(or set its weight to 0), got predictions for others"
+            )
+            raise ValueError(msg)
         logits, boxes = step.student.group
         options = {name: getattr(self, name) for name in RULES}
         if self.class_loss is None:
             options["class_loss"] = class_loss_of(step.heads.student)
-        assignment = select_stages(step.teacher_assignment, len(logits), stage_map=self.stage_map)
+        assignment = select_stages(step.of_group(step.teacher_assignment), len(logits), stage_map=self.stage_map)
         return teacher_assigned_query_loss(logits, boxes, *step.known_targets, assignment, **options)

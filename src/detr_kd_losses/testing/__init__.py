@@ -27,7 +27,8 @@ scalar is told likewise which laws need its terms by name.
 
 :mod:`~detr_kd_losses.testing.loss_laws`, :mod:`~detr_kd_losses.testing.query_laws` and
 :mod:`~detr_kd_losses.testing.solver_laws` have the laws,
-:mod:`~detr_kd_losses.testing.law` how to write one, :mod:`~detr_kd_losses.testing.makers` the calls that an error
+:mod:`~detr_kd_losses.testing.law` how to write one, :mod:`~detr_kd_losses.testing.makers` and
+:mod:`~detr_kd_losses.testing.query_makers` the calls that an error
 names, :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
 """
 
@@ -44,6 +45,7 @@ from detr_kd_losses.testing.checks import (
     check_linear_sum_assignment,
     check_match_targets,
     check_match_teacher,
+    check_shared_query_distillation_loss,
     check_target_aware_feature_loss,
     check_weighted_distillation_loss,
 )
@@ -54,7 +56,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
-from detr_kd_losses.testing.query_laws import WEIGHTED_DISTILLATION_LAWS
+from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.report import LawReport, Verdict, law_report
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 from detr_kd_losses.testing.subject import LawNotApplicable
@@ -65,6 +67,7 @@ __all__ = [
     "DETECTION_LAWS",
     "FEATURE_LAWS",
     "HUNGARIAN_DISTILLATION_LAWS",
+    "SHARED_QUERY_LAWS",
     "TARGET_MATCHING_LAWS",
     "TEACHER_MATCHING_LAWS",
     "WEIGHTED_DISTILLATION_LAWS",
@@ -79,6 +82,7 @@ __all__ = [
     "check_linear_sum_assignment",
     "check_match_targets",
     "check_match_teacher",
+    "check_shared_query_distillation_loss",
     "check_target_aware_feature_loss",
     "check_weighted_distillation_loss",
     "law_report",

@@ -14,7 +14,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
-from detr_kd_losses.testing.query_laws import WEIGHTED_DISTILLATION_LAWS
+from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_linear_sum_assignment",
     "check_match_targets",
     "check_match_teacher",
+    "check_shared_query_distillation_loss",
     "check_target_aware_feature_loss",
     "check_weighted_distillation_loss",
 ]
@@ -77,6 +78,30 @@ def check_weighted_distillation_loss(
         >>> check_weighted_distillation_loss(dkl.hungarian_distillation_loss, max_examples=1)
     """
     check_laws(WEIGHTED_DISTILLATION_LAWS, loss, skip=skip, max_examples=max_examples)
+
+
+def check_shared_query_distillation_loss(
+    loss: Function, *, skip: Collection[str] = (), max_examples: int | None = None
+) -> None:
+    """Check a loss of queries that ran through both decoders by SHARED_QUERY_LAWS.
+
+    Args:
+        loss: What takes this call, `signatures.SHARED_QUERIES`:
+            (student_logits (L, B, K, C), student_boxes (L, B, K, 4), teacher_logits (L, B, K, C),
+            teacher_boxes (L, B, K, 4)) -> a dict of scalars by name, or a scalar
+        skip: Names of laws that are not meant to hold.
+        max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
+
+    Raises:
+        AssertionError: If a law is broken: ``law broken: <name>: <sentence>``.
+        LawNotApplicable: If no law is broken, but some need what the function does not have.
+        ValueError: If `skip` has a name that is no law's.
+
+    Examples:
+        >>> import detr_kd_losses as dkl
+        >>> check_shared_query_distillation_loss(dkl.shared_query_distillation_loss, max_examples=1)
+    """
+    check_laws(SHARED_QUERY_LAWS, loss, skip=skip, max_examples=max_examples)
 
 
 def check_detection_loss(loss: Function, *, skip: Collection[str] = (), max_examples: int | None = None) -> None:

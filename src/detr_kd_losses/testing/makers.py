@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from detr_kd_losses.testing.arguments import Arguments, remember_call
-from detr_kd_losses.testing.signatures import (
-    COSTS,
-    CRITERION,
-    DETECTION,
-    DISTILLATION,
-    FEATURES,
-    PLANTED,
-    WEIGHTED_DISTILLATION,
-)
+from detr_kd_losses.testing.signatures import COSTS, CRITERION, DETECTION, DISTILLATION, FEATURES, PLANTED
 from detr_kd_losses.testing.strategies import (
     BOX_KINDS,
     COST_KINDS,
@@ -47,9 +38,7 @@ __all__ = [
     "make_distillation_arguments",
     "make_feature_arguments",
     "make_planted_arguments",
-    "make_weighted_arguments",
     "planted_arguments",
-    "weighted_arguments",
 ]
 
 
@@ -82,15 +71,6 @@ def make_distillation_arguments(
     if split:
         tensors["teacher_positive"] = torch.rand((stages, images, teachers), generator=generator(seed)) < 0.5
     return Arguments(DISTILLATION, tensors)
-
-
-@remember_call
-def make_weighted_arguments(*, weighted: bool, seed: int = 0, **options: Any) -> Arguments:
-    """Arguments of a distillation loss with weights of the teacher queries, some of which are 0."""
-    plain = make_distillation_arguments(seed=seed, **options)
-    weight = torch.rand(plain["teacher_boxes"].shape[:-1], generator=generator(seed + 1), dtype=torch.float64)
-    weights = {"teacher_weight": (2 * weight - 0.4).clamp(min=0)} if weighted else {}
-    return Arguments(WEIGHTED_DISTILLATION, {**plain.tensors, **weights})
 
 
 @remember_call
@@ -207,24 +187,8 @@ def distillation_arguments(
     *, box_kinds: Sequence[str] = BOX_KINDS, logit_kinds: Sequence[str] = LOGIT_KINDS
 ) -> SearchStrategy[Arguments]:
     """Arguments of a distillation loss."""
-    return _queries(make_distillation_arguments, box_kinds, logit_kinds)
-
-
-def weighted_arguments(
-    *, box_kinds: Sequence[str] = BOX_KINDS, logit_kinds: Sequence[str] = LOGIT_KINDS
-) -> SearchStrategy[Arguments]:
-    """Arguments of a distillation loss, with and without weights of the teacher queries."""
-    return _queries(make_weighted_arguments, box_kinds, logit_kinds, weighted=st.booleans())
-
-
-def _queries(
-    make: Callable[..., Arguments],
-    box_kinds: Sequence[str],
-    logit_kinds: Sequence[str],
-    **more: SearchStrategy[Any],
-) -> SearchStrategy[Arguments]:
     return st.builds(
-        make,
+        make_distillation_arguments,
         stages=SIZES,
         images=SIZES,
         students=SIZES,
@@ -234,7 +198,6 @@ def _queries(
         box_kind=st.sampled_from(box_kinds),
         logit_kind=st.sampled_from(logit_kinds),
         seed=SEEDS,
-        **more,
     )
 
 

@@ -1,4 +1,4 @@
-"""The laws of distillation losses beyond the paper's: of weights of the teacher queries.
+"""The laws of distillation losses beyond the paper's: of weighted and of shared queries.
 
 >>> import detr_kd_losses as dkl
 >>> WEIGHTED_DISTILLATION_LAWS["equal_weights"](dkl.hungarian_distillation_loss, max_examples=5)
@@ -11,11 +11,11 @@ import torch
 from detr_kd_losses.testing import loss_laws as laws
 from detr_kd_losses.testing.arguments import Arguments
 from detr_kd_losses.testing.law import Function, law, laws_by_name
-from detr_kd_losses.testing.makers import weighted_arguments
-from detr_kd_losses.testing.requirements import require_equal
-from detr_kd_losses.testing.signatures import WEIGHTED_DISTILLATION
+from detr_kd_losses.testing.query_makers import shared_arguments, weighted_arguments
+from detr_kd_losses.testing.requirements import require_equal, require_zero
+from detr_kd_losses.testing.signatures import SHARED_QUERIES, WEIGHTED_DISTILLATION
 
-__all__ = ["WEIGHTED_DISTILLATION_LAWS"]
+__all__ = ["SHARED_QUERY_LAWS", "WEIGHTED_DISTILLATION_LAWS"]
 
 
 @law("equal_weights", "equal weights of the teacher queries are as none", needs=["teacher_weight"])
@@ -41,6 +41,18 @@ def weightless(loss: Function, arguments: Arguments) -> None:
         require_equal(actual, wanted)
 
 
+@law("no_queries", "without queries the loss is 0, with a graph")
+def no_queries(loss: Function, arguments: Arguments) -> None:
+    terms, gradients = arguments.taken("K", []).terms_and_gradients(loss)
+    require_zero(terms)
+    require_zero(gradients)
+
+
+@law("query_permutation", "the order of the queries does not matter")
+def query_permutation(loss: Function, arguments: Arguments) -> None:
+    require_equal(arguments.permuted("K").terms(loss), arguments.terms(loss))
+
+
 WEIGHTED_DISTILLATION_LAWS = laws_by_name(
     WEIGHTED_DISTILLATION,
     weighted_arguments(),
@@ -63,4 +75,22 @@ WEIGHTED_DISTILLATION_LAWS = laws_by_name(
     laws.teacher_detached,
     laws.half_precision,
     laws.gradients.on(weighted_arguments(**laws.GENERIC)),
+)
+
+SHARED_QUERY_LAWS = laws_by_name(
+    SHARED_QUERIES,
+    shared_arguments(),
+    no_queries,
+    laws.zero_at_teacher.on(shared_arguments(box_kinds=laws.WITH_AREA)),
+    laws.zero_at_empty_boxes.on(shared_arguments(box_kinds=("degenerate",))),
+    laws.non_negative,
+    laws.finite,
+    query_permutation,
+    laws.images_join,
+    laws.stages_add,
+    laws.replicas,
+    laws.weights_linear,
+    laws.teacher_detached,
+    laws.half_precision,
+    laws.gradients.on(shared_arguments(**laws.GENERIC)),
 )

@@ -5,9 +5,9 @@
     >>> print(COSTS)
     (cost (B, N, T), *, row_mask (B, N), column_mask (B, T)) -> column of each row (B, N) int64, -1 = none
 
-L decoder layers, B images, N queries of the student, M of the teacher, T targets, C classes, D channels, H and W cells;
-boxes are cxcywh in [0, 1], masks bool, labels and assignments int64. What stands after ``*`` is passed by name, and not
-at all where a function does not take it. A law may call without L, or in half precision.
+L decoder layers, B images, N queries of the student, M of the teacher, K of both, T targets, C classes, D channels, H
+and W cells; boxes are cxcywh in [0, 1], masks bool, labels and assignments int64. What stands after ``*`` is passed by
+name, and not at all where a function does not take it. A law may call without L, or in half precision.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "DISTILLATION",
     "FEATURES",
     "PLANTED",
+    "SHARED_QUERIES",
     "TARGET_MATCHING",
     "TEACHER_MATCHING",
     "WEIGHTED_DISTILLATION",
@@ -44,6 +45,11 @@ def _predict_as_teacher(tensors: Mapping[str, Tensor]) -> Terms:
         f"student_{kind}": teacher.gather(-2, partner.expand(*partner.shape[:-1], teacher.shape[-1]))
         for kind, teacher in (("logits", tensors["teacher_logits"]), ("boxes", tensors["teacher_boxes"]))
     }
+
+
+def _answer_as_teacher(tensors: Mapping[str, Tensor]) -> Terms:
+    """The teacher's predictions for the student's."""
+    return {f"student_{kind}": tensors[f"teacher_{kind}"] for kind in ("logits", "boxes")}
 
 
 def _see_as_teacher(tensors: Mapping[str, Tensor]) -> Terms:
@@ -70,6 +76,12 @@ WEIGHTED_DISTILLATION = replace(
     DISTILLATION,
     axes={**DISTILLATION.axes, "teacher_weight": "LBM"},
     keywords=("teacher_positive", "teacher_weight"),
+)
+SHARED_QUERIES = Signature(
+    {"student_logits": "LBKC", "student_boxes": "LBKX", "teacher_logits": "LBKC", "teacher_boxes": "LBKX"},
+    student=("student_logits", "student_boxes"),
+    returns=_LOSS,
+    twin=_answer_as_teacher,
 )
 DETECTION = Signature(
     {

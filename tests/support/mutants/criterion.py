@@ -33,7 +33,7 @@ MUTANTS = [
         dkl.QueryGroupTerm.compute,
         (
             "the group is matched afresh",
-            "assignment = select_stages(step.teacher_assignment, len(logits), stage_map=self.stage_map)",
+            "assignment = select_stages(step.of_group(step.teacher_assignment), len(logits), stage_map=self.stage_map)",
             "assignment = step._teacher_matching(step.student.group, step.known_targets, step.heads.student)",
             group_follows_teacher,
         ),

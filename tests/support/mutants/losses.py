@@ -10,7 +10,8 @@ import torch
 import detr_kd_losses as dkl
 from detr_kd_losses import _reduction, boxes, pairs
 from detr_kd_losses.losses import detection, logits
-from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments, make_weighted_arguments
+from detr_kd_losses.testing.makers import make_detection_arguments, make_distillation_arguments
+from detr_kd_losses.testing.query_makers import make_shared_arguments, make_weighted_arguments
 
 from support import cases, oracles
 from support.mutants.mutant import faults, law_of, oracle
@@ -18,14 +19,18 @@ from support.mutants.mutant import faults, law_of, oracle
 SIZE = {"stages": 2, "images": 2, "classes": 3}
 DISTILLATION = make_distillation_arguments(students=5, teachers=6, split=True, **SIZE)
 WEIGHTED = make_weighted_arguments(students=5, teachers=6, split=True, weighted=True, **SIZE)
+SHARED = make_shared_arguments(queries=5, **SIZE)
 DETECTION = make_detection_arguments(queries=6, targets=4, at_least=2, **SIZE)
 
 WEIGHTS = {name: getattr(dkl, name) for name in ("confidence_weight", "overlap_weight", "localization_weight")}
 
 distillation = law_of(dkl.hungarian_distillation_loss)
+shared = law_of(dkl.shared_query_distillation_loss)
 detected = law_of(dkl.detection_loss)
 group = law_of(dkl.teacher_assigned_query_loss)
 weighted_value = oracle("hungarian_distillation_loss", WEIGHTED)
+shared_value = oracle("shared_query_distillation_loss", SHARED)
+warm_shared_value = oracle("shared_query_distillation_loss", SHARED, temperature=3.0)
 distillation_value = oracle("hungarian_distillation_loss", DISTILLATION)
 detection_value = oracle("detection_loss", DETECTION)
 cross_entropy_value = oracle("detection_loss", DETECTION, class_loss="cross_entropy")
@@ -43,6 +48,28 @@ def published_weights(max_examples):
 
 
 MUTANTS = [
+    *faults(
+        dkl.shared_query_distillation_loss,
+        (
+            "shared queries count the same",
+            'weighting == "confidence" else',
+            'weighting == "uniform" else',
+            shared_value,
+        ),
+        (
+            "shared queries turned round",
+            "torch.arange(queries[-1], device=student_logits.device)",
+            "torch.arange(queries[-1], device=student_logits.device).flip(0)",
+            shared("zero_at_teacher"),
+        ),
+        ("temperature of shared queries forgotten", "temperature=temperature", "temperature=1.0", warm_shared_value),
+        (
+            "shared queries of each replica",
+            "sync_normalizer=sync_normalizer",
+            "sync_normalizer=False",
+            shared("replicas"),
+        ),
+    ),
     *faults(
         dkl.teacher_assigned_query_loss,
         (
