@@ -70,7 +70,7 @@ MUTANTS = [
         ("columns not renumbered", "matched_columns = columns[matched_columns]", "pass", solver("masks")),
     ),
     *faults(
-        dkl.match_targets, ("target mask forgotten", "*targets), mask)", "*targets), None)", targets("target_padding"))
+        dkl.match_targets, ("target mask forgotten", "column_mask=mask", "column_mask=None", targets("target_padding"))
     ),
     *faults(
         matching._positives_first,
