@@ -14,8 +14,10 @@ from detr_kd_losses.costs import detection_cost, distillation_cost
 from detr_kd_losses.criterion import DETRDistillationLoss
 from detr_kd_losses.heads import Heads, map_class_logits
 from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
+from detr_kd_losses.losses.features.levels import box_mask
 from detr_kd_losses.losses.features.loss import TargetAwareFeatureLoss, target_aware_feature_loss
 from detr_kd_losses.losses.features.mask import target_aware_mask
+from detr_kd_losses.losses.features.plain import FeatureDistillationLoss, feature_distillation_loss
 from detr_kd_losses.losses.features.projection import FeatureProjection
 from detr_kd_losses.losses.features.quality import query_quality
 from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
@@ -33,6 +35,7 @@ from detr_kd_losses.step import Step, TargetMatching
 from detr_kd_losses.term import Term
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
+from detr_kd_losses.terms.plain_features import PlainFeatureTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
 from detr_kd_losses.terms.shared_queries import SharedQueryTerm
 from detr_kd_losses.training.diagnostics import (
@@ -55,6 +58,7 @@ __all__ = [
     "DETRDistillationLoss",
     "DetectionLoss",
     "DetectorOutput",
+    "FeatureDistillationLoss",
     "FeatureProjection",
     "FeatureTerm",
     "FrozenTeacher",
@@ -64,6 +68,7 @@ __all__ = [
     "LogitsTerm",
     "LossMagnitude",
     "OfflineTeacher",
+    "PlainFeatureTerm",
     "Predictions",
     "QueryGroupTerm",
     "SharedQueryDistillationLoss",
@@ -80,6 +85,7 @@ __all__ = [
     "box_area",
     "box_cxcywh_to_xyxy",
     "box_iou",
+    "box_mask",
     "box_xyxy_to_cxcywh",
     "check_finite",
     "check_targets",
@@ -88,6 +94,7 @@ __all__ = [
     "detection_cost",
     "detection_loss",
     "distillation_cost",
+    "feature_distillation_loss",
     "generalized_box_iou",
     "hungarian_distillation_loss",
     "invert_assignment",

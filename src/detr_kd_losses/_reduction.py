@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,3 +38,27 @@ def replica_weight(weight: Tensor, *, sync: bool) -> Tensor:
     """A sum of weights, averaged over the replicas likewise; however small it is, and 1 where there is no weight."""
     total = replica_mean(weight, sync=sync, at_least=0.0)
     return torch.where(total > 0, total, 1.0)
+
+
+def replica_sum(values: Tensor, *, sync: bool) -> Tensor:
+    """`values` added over the replicas likewise; what the others make of them reaches the gradient, too."""
+    if not (sync and dist.is_available() and dist.is_initialized()):
+        return values
+    added: Tensor = _ReplicaSum.apply(values)  # type: ignore[no-untyped-call]
+    return added
+
+
+class _ReplicaSum(torch.autograd.Function):
+    """A sum over replicas, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from detr_kd_losses.pairs import gather_partners
 
 __all__ = ["Step", "TargetMatching"]
 
+Levels = Tensor | Sequence[Tensor]
 _RULES: Rules = {
     "class_cost": one_of(None, "focal", "softmax"),
     **WEIGHTS,
@@ -154,6 +157,19 @@ class Step:
             student = Predictions(self.student.logits, self.student.boxes)
             self._student_assignment = self._student_matching(student, self.targets, self.heads.student)
         return self._student_assignment
+
+    def features(self) -> tuple[Levels, Levels, Levels | None]:
+        """The features of student and teacher, which must be given together, and the padding mask of either."""
+        student, teacher = self.student, self.teacher
+        if student.features is None or teacher.features is None:
+            missing, given = ("student", "teacher") if student.features is None else ("teacher", "student")
+            msg = (
+                f"`{missing}.features` must be given where `{given}.features` is "
+                "(or set the weight of the feature term to 0), got None"
+            )
+            raise ValueError(msg)
+        mask = student.padding_mask if teacher.padding_mask is None else teacher.padding_mask
+        return student.features, teacher.features, mask
 
     def of_group(self, teacher: Tensor) -> Tensor:
         """What of the teacher's (L_T, B, M, ...) belongs to the queries of the student's group."""

@@ -40,6 +40,7 @@ TERMS = {
     "beyond the paper": lambda: [
         dkl.LogitsTerm(matching="targets", negatives="by_box", weighting="overlap"),
         dkl.SharedQueryTerm(),
+        dkl.PlainFeatureTerm(distance="pearson", cells="boxes"),
     ],
     "a weight of 0": lambda: [dkl.LogitsTerm(weight=0), dkl.FeatureTerm([8, 8], [8, 8], weight=0), ScoreTerm()],
 }

@@ -172,3 +172,34 @@ def test_shared_queries_apply_where_there_is_a_group():
         distil(dkl.SharedQueryTerm(), student._replace(group_index=index), teacher, targets)
     with pytest.raises(ValueError, match="`class_loss` must be 'kl' for a softmax student, got 'bce'"):
         dkl.DETRDistillationLoss([dkl.SharedQueryTerm(class_loss="bce")], student_activation="softmax")
+
+
+@pytest.mark.parametrize("cells", ["all", "boxes"])
+def test_plain_features(cells):
+    """Of other channels and sizes, with the padding of either side, and beside the target-aware term."""
+    student, teacher, targets = make_output(0, 3, 7), make_output(1, 6, 9), make_targets()
+    student = student._replace(features=[level[:, :3] for level in student.features])
+    masks = [torch.ones(2, *level.shape[-2:]).bool() for level in teacher.features]
+    masks[0][0, :, -1] = False
+    term = dkl.PlainFeatureTerm([3, 3], [8, 8], distance="pearson", cells=cells, weight=2.0)
+    weight = [dkl.box_mask(targets.boxes, targets.mask, level.shape[-2:]) for level in teacher.features]
+    expected = dkl.feature_distillation_loss(
+        term.projections(student.features, teacher.features),
+        teacher.features,
+        distance="pearson",
+        weight=weight if cells == "boxes" else None,
+        padding_mask=masks,
+    )
+    for one, other in (
+        (student._replace(padding_mask=masks), teacher),
+        (student, teacher._replace(padding_mask=masks)),
+    ):
+        losses = distil(term, one, other, targets)
+        assert_close(losses, {"loss_kd_plain_feature": 2 * expected})
+    sum(losses.values()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())
+    both = dkl.DETRDistillationLoss([term, dkl.FeatureTerm([3, 3], [8, 8])])
+    assert both.names == ("loss_kd_plain_feature", "loss_kd_feature")
+    assert distil(term, student._replace(features=None), teacher._replace(features=None), targets) == {}
+    with pytest.raises(ValueError, match=r"`student.features` must be given where `teacher.features` is"):
+        distil(term, student._replace(features=None), teacher, targets)

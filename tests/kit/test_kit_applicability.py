@@ -208,6 +208,7 @@ def test_no_law_passes_a_function_without_any_keyword_by_a_type_error(law):
         "SHARED_QUERIES": dkl.shared_query_distillation_loss,
         "DETECTION": dkl.detection_loss,
         "FEATURES": dkl.target_aware_feature_loss,
+        "PLAIN_FEATURES": dkl.feature_distillation_loss,
         "CRITERION": dkl.DETRDistillationLoss(),
     }
     function = ours[next(name for name in ours if getattr(signatures, name) == law.signature)]

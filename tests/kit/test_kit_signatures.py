@@ -31,6 +31,11 @@ OURS = {
         testing.SHARED_QUERY_LAWS,
         testing.check_shared_query_distillation_loss,
     ),
+    "PLAIN_FEATURES": (
+        dkl.feature_distillation_loss,
+        testing.PLAIN_FEATURE_LAWS,
+        testing.check_feature_distillation_loss,
+    ),
     "TARGET_MATCHING": (dkl.match_targets, testing.TARGET_MATCHING_LAWS, testing.check_match_targets),
     "TEACHER_MATCHING": (dkl.match_teacher, testing.TEACHER_MATCHING_LAWS, testing.check_match_teacher),
 }

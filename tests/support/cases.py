@@ -162,6 +162,15 @@ def features(
     }
 
 
+def plain_features(*, weighted: bool = True, seed: int = 0, **options: Any) -> Case:
+    """Levels of features of a student and a teacher with padding, and weights of the cells, some of them 0."""
+    case = features(seed=seed, **options)
+    del case["teacher_queries"], case["quality"]
+    rng = np.random.default_rng(seed + 1)
+    levels = [2 * rng.random((IMAGES, *level.shape[2:])) - 0.4 for level in case["student_features"]]
+    return {**case, **({"weight": [level.clip(0.0) for level in levels]} if weighted else {})}
+
+
 def filled(case: Case, name: str, where: np.ndarray, value: float) -> Case:
     """The case with `value` wherever `where`, over the leading dimensions of argument `name`."""
     array = case[name].copy()

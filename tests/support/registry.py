@@ -227,6 +227,35 @@ FEATURES = Loss(
     ),
 )
 
-LOSSES = {loss.name: loss for loss in (HUNGARIAN_DISTILLATION, SHARED_QUERIES, DETECTION, QUERY_GROUP, FEATURES)}
+
+def channel_distance(student_features, teacher_features, *, padding_mask=None, temperature=1.0):
+    """The plain distance that takes no weight of cells."""
+    options = {"padding_mask": padding_mask, "temperature": temperature}
+    return dkl.feature_distillation_loss(student_features, teacher_features, distance="channel", **options)
+
+
+PLAIN_FEATURES = Loss(
+    dkl.feature_distillation_loss,
+    dkl.FeatureDistillationLoss,
+    wrt=("student_features",),
+    trials={
+        "plain features": Trial(cases.plain_features(), {}),
+        "plain features, cosine": Trial(cases.plain_features(), {"distance": "cosine"}),
+        "plain features, pearson": Trial(cases.plain_features(), {"distance": "pearson"}),
+        "plain features, channel": Trial(
+            cases.plain_features(weighted=False), {"distance": "channel", "temperature": 2.0}
+        ),
+    },
+    laws=testing.PLAIN_FEATURE_LAWS,
+    held_to=(
+        *(HeldTo(dkl.feature_distillation_loss, {"distance": name}) for name in ("mse", "cosine", "pearson")),
+        HeldTo(channel_distance, {"temperature": 2.0}, ("equal_weights",)),
+    ),
+)
+
+LOSSES = {
+    loss.name: loss
+    for loss in (HUNGARIAN_DISTILLATION, SHARED_QUERIES, DETECTION, QUERY_GROUP, FEATURES, PLAIN_FEATURES)
+}
 # Every trial of every loss, by the name of the trial.
 TRIALS = {name: (loss, trial) for loss in LOSSES.values() for name, trial in loss.trials.items()}

@@ -80,14 +80,8 @@ class FeatureTerm(Term):
 
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Weigh cells by the queries of all teacher layers, and compare the features."""
-        student, teacher, assignment = step.student, step.teacher, step.teacher_assignment
-        if student.features is None or teacher.features is None:
-            missing, given = ("student", "teacher") if student.features is None else ("teacher", "student")
-            msg = (
-                f"`{missing}.features` must be given where `{given}.features` is "
-                "(or set the weight of the feature term to 0), got None"
-            )
-            raise ValueError(msg)
+        students, teachers, mask = step.features()
+        teacher, assignment = step.teacher, step.teacher_assignment
         if teacher.queries is None:
             msg = (
                 "`teacher.queries` must be given for the feature loss "
@@ -113,10 +107,9 @@ class FeatureTerm(Term):
             query = invert_assignment(assignment, step.known_targets.mask.shape[-1])
             queries = gather_partners(queries, query)
             quality = gather_partners(quality, query).where(query >= 0, 0.0)
-        mask = student.padding_mask if teacher.padding_mask is None else teacher.padding_mask
         loss = target_aware_feature_loss(
-            self.projections(student.features, teacher.features),
-            teacher.features,
+            self.projections(students, teachers),
+            teachers,
             queries,
             quality,
             padding_mask=mask,

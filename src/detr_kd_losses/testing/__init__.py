@@ -25,8 +25,8 @@ What a function is called with stands in :mod:`~detr_kd_losses.testing.signature
 and the laws that need them raise :class:`LawNotApplicable`, which says what to put into ``skip``. A loss that returns a
 scalar is told likewise which laws need its terms by name.
 
-:mod:`~detr_kd_losses.testing.loss_laws`, :mod:`~detr_kd_losses.testing.query_laws` and
-:mod:`~detr_kd_losses.testing.solver_laws` have the laws,
+:mod:`~detr_kd_losses.testing.loss_laws`, :mod:`~detr_kd_losses.testing.query_laws`,
+:mod:`~detr_kd_losses.testing.plain_feature_laws` and :mod:`~detr_kd_losses.testing.solver_laws` have the laws,
 :mod:`~detr_kd_losses.testing.law` how to write one, :mod:`~detr_kd_losses.testing.makers` and
 :mod:`~detr_kd_losses.testing.query_makers` the calls that an error
 names, :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
@@ -41,6 +41,7 @@ except ModuleNotFoundError as error:
 from detr_kd_losses.testing.checks import (
     check_detection_loss,
     check_distillation_criterion,
+    check_feature_distillation_loss,
     check_hungarian_distillation_loss,
     check_linear_sum_assignment,
     check_match_targets,
@@ -56,6 +57,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
+from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.report import LawReport, Verdict, law_report
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
@@ -67,6 +69,7 @@ __all__ = [
     "DETECTION_LAWS",
     "FEATURE_LAWS",
     "HUNGARIAN_DISTILLATION_LAWS",
+    "PLAIN_FEATURE_LAWS",
     "SHARED_QUERY_LAWS",
     "TARGET_MATCHING_LAWS",
     "TEACHER_MATCHING_LAWS",
@@ -77,6 +80,7 @@ __all__ = [
     "Verdict",
     "check_detection_loss",
     "check_distillation_criterion",
+    "check_feature_distillation_loss",
     "check_hungarian_distillation_loss",
     "check_laws",
     "check_linear_sum_assignment",

@@ -14,12 +14,14 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
+from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 
 __all__ = [
     "check_detection_loss",
     "check_distillation_criterion",
+    "check_feature_distillation_loss",
     "check_hungarian_distillation_loss",
     "check_linear_sum_assignment",
     "check_match_targets",
@@ -148,6 +150,30 @@ def check_target_aware_feature_loss(
         >>> check_target_aware_feature_loss(dkl.target_aware_feature_loss, max_examples=1)
     """
     check_laws(FEATURE_LAWS, loss, skip=skip, max_examples=max_examples)
+
+
+def check_feature_distillation_loss(
+    loss: Function, *, skip: Collection[str] = (), max_examples: int | None = None
+) -> None:
+    """Check a plain distance of features by PLAIN_FEATURE_LAWS.
+
+    Args:
+        loss: What takes this call, `signatures.PLAIN_FEATURES`:
+            (student_features (B, D, H, W), teacher_features (B, D, H, W), *, weight (B, H, W),
+            padding_mask (B, H, W)) -> a dict of scalars by name, or a scalar
+        skip: Names of laws that are not meant to hold.
+        max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
+
+    Raises:
+        AssertionError: If a law is broken: ``law broken: <name>: <sentence>``.
+        LawNotApplicable: If no law is broken, but some need what the function does not have.
+        ValueError: If `skip` has a name that is no law's.
+
+    Examples:
+        >>> import detr_kd_losses as dkl
+        >>> check_feature_distillation_loss(dkl.feature_distillation_loss, max_examples=1)
+    """
+    check_laws(PLAIN_FEATURE_LAWS, loss, skip=skip, max_examples=max_examples)
 
 
 def check_distillation_criterion(

@@ -27,6 +27,7 @@ __all__ = [
     "DETECTION",
     "DISTILLATION",
     "FEATURES",
+    "PLAIN_FEATURES",
     "PLANTED",
     "SHARED_QUERIES",
     "TARGET_MATCHING",
@@ -106,6 +107,13 @@ FEATURES = Signature(
     },
     student=("student_features",),
     keywords=("padding_mask",),
+    returns=_LOSS,
+    twin=_see_as_teacher,
+)
+PLAIN_FEATURES = Signature(
+    {"student_features": "BDHW", "teacher_features": "BDHW", "weight": "BHW", "padding_mask": "BHW"},
+    student=("student_features",),
+    keywords=("weight", "padding_mask"),
     returns=_LOSS,
     twin=_see_as_teacher,
 )

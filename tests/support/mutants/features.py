@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import detr_kd_losses as dkl
-from detr_kd_losses.losses.features import _passes, _similarity, loss, quality
-from detr_kd_losses.testing.makers import make_detection_arguments, make_feature_arguments
+import numpy as np
+import torch
 
+import detr_kd_losses as dkl
+from detr_kd_losses.losses.features import _passes, _similarity, levels, loss, quality
+from detr_kd_losses.losses.features import plain as plain_features
+from detr_kd_losses.testing.makers import make_detection_arguments, make_feature_arguments
+from detr_kd_losses.testing.plain_feature_laws import make_plain_feature_arguments
+
+from support import cases, oracles
 from support.mutants.mutant import faults, law_of, oracle
 
 DETECTION = make_detection_arguments(queries=6, targets=4, at_least=2, stages=2, images=2, classes=3)
@@ -13,7 +19,101 @@ FEATURES = make_feature_arguments(stages=2, images=2, queries=5, channels=4, hei
 
 feature = law_of(dkl.target_aware_feature_loss)
 
+plain = law_of(dkl.feature_distillation_loss)
+PLAIN = make_plain_feature_arguments(images=2, channels=4, height=3, width=4, padded=True, weighted=True)
+
+
+def plain_value(distance, *without, **options):
+    return oracle("feature_distillation_loss", PLAIN.without(*without), distance=distance, **options)
+
+
+def touched_cells(max_examples):
+    """Boxes over several cells, in one cell, and padding."""
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate((cases.random_boxes(rng, 2, 3), [[[0.3, 0.6, 0.01, 0.02]]] * 2), axis=1)
+    mask = np.array([[True, False, False, True], [False, True, False, False]])
+    expected = oracles.box_mask(boxes, mask, (5, 7))
+    assert dkl.box_mask(torch.tensor(boxes), torch.tensor(mask), (5, 7)).tolist() == expected.tolist()
+
+
 MUTANTS = [
+    *faults(
+        dkl.feature_distillation_loss,
+        ("plain levels averaged", "torch.stack(losses).sum()", "torch.stack(losses).mean()", plain("levels_add")),
+    ),
+    *faults(
+        plain_features._compare_cells,
+        ("padding cells count in plain features", "valid.sum()", "torch.ones_like(valid).sum()", plain("cell_padding")),
+        ("cells of each replica in plain features", "/ replica_mean(count, sync=sync)", "/ count", plain("replicas")),
+        ("cells without weight", "distances * _blanked(weight, valid)", "distances", plain_value("mse")),
+        (
+            "the teacher of plain features keeps its graph",
+            "level.teacher.detach()",
+            "level.teacher",
+            plain("teacher_detached"),
+        ),
+        ("a whole of the squares", "(2 * max(", "(1 * max(", plain_value("pearson")),
+    ),
+    *faults(
+        plain_features._mean_square,
+        ("a sum over channels", "max(student.shape[1], 1)", "1", plain_value("mse")),
+        ("padding has a difference", "_blanked(student - teacher, part)", "(student - teacher)", plain("cell_padding")),
+    ),
+    *faults(
+        plain_features._direction,
+        (
+            "no direction divides",
+            "square > 0), square",
+            "square > -1), square",
+            plain("flat_features", distance="cosine"),
+        ),
+        ("lengths matter", "_inverse_root(square, square > 0)", "1", plain_value("cosine")),
+    ),
+    *faults(
+        plain_features._standardise,
+        ("no variance divides", "variance > least", "variance > -1", plain("flat_features", distance="pearson")),
+        (
+            "variances of each replica",
+            "keepdim=True), sync=sync) / number\n    # Below",
+            "keepdim=True), sync=False) / number\n    # Below",
+            plain("replicas", distance="pearson"),
+        ),
+        (
+            "padding has a mean",
+            "_blanked(features, valid).sum",
+            "features.sum",
+            plain("cell_padding", distance="pearson"),
+        ),
+    ),
+    *faults(
+        plain_features._compare_channels,
+        ("the student teaches", "log_p.exp()", "log_q.exp()", plain_value("channel", "weight")),
+        (
+            "temperature of channels unsquared",
+            "temperature**2",
+            "temperature",
+            plain_value("channel", "weight", temperature=3.0),
+        ),
+    ),
+    *faults(
+        plain_features._log_share,
+        (
+            "padding has a share",
+            "features if valid is None else",
+            "features if True else",
+            plain_value("channel", "weight"),
+        ),
+    ),
+    *faults(dkl.box_mask, ("boxes of padding", "rows & mask.unsqueeze(-1)", "rows", touched_cells)),
+    *faults(
+        levels._touched,
+        (
+            "cells of whole coverage",
+            "start.unsqueeze(-1) < edges[1:]",
+            "start.unsqueeze(-1) < edges[:-1]",
+            touched_cells,
+        ),
+    ),
     *faults(
         loss.target_aware_feature_loss,
         ("padding cells count", "cells.sum()", "torch.ones_like(cells).sum()", feature("cell_padding")),

@@ -9,4 +9,5 @@ from .autodiff import *  # noqa: F403
 from .features import *  # noqa: F403
 from .geometry import *  # noqa: F403
 from .losses import *  # noqa: F403
+from .plain_features import *  # noqa: F403
 from .weights import *  # noqa: F403

@@ -9,19 +9,17 @@ from torch import Tensor
 
 from detr_kd_losses._options import OptionModule, Rules, boolean, one_of
 from detr_kd_losses._reduction import replica_mean
-from detr_kd_losses._validation import validate_same_device, validate_same_shape
 from detr_kd_losses.losses.features._passes import Comparison, compare
 from detr_kd_losses.losses.features._similarity import summarize_queries
+from detr_kd_losses.losses.features.levels import pair_levels
 from detr_kd_losses.losses.features.mask import (
     NORMALIZATIONS,
     Normalize,
     resolve_normalize,
-    validate_features,
-    validate_padding_mask,
     validate_queries,
     weight_maps,
 )
-from detr_kd_losses.losses.features.projection import FeatureProjection, Levels, as_levels
+from detr_kd_losses.losses.features.projection import FeatureProjection, Levels
 from detr_kd_losses.losses.features.quality import VARIANTS, Variant
 
 __all__ = ["TargetAwareFeatureLoss", "target_aware_feature_loss"]
@@ -83,25 +81,13 @@ def target_aware_feature_loss(
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 6-9.
     """
     normalize = resolve_normalize(variant, normalize)
-    students, teachers = as_levels(student_features), as_levels(teacher_features)
-    masks: Sequence[Tensor | None] = [None] * len(students) if padding_mask is None else as_levels(padding_mask)
-    for name, levels in (("teacher_features", teachers), ("padding_mask", masks)):
-        if len(levels) != len(students) or not students:
-            msg = (
-                f"`{name}` must have as many levels as `student_features`, at least 1; "
-                f"got {len(levels)} and {len(students)}"
-            )
-            raise ValueError(msg)
-    for student, teacher, valid in zip(students, teachers, masks, strict=True):
-        validate_features("student_features", student)
-        validate_same_shape("student_features", student.shape, "teacher_features", teacher.shape, "(B, D, H, W)")
-        validate_same_device("student_features", student, teacher_features=teacher)
-        validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", teacher)
-        validate_padding_mask(valid, "teacher_features", teacher)
+    levels = pair_levels(student_features, teacher_features, padding_mask=padding_mask)
+    for level in levels:
+        validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", level.teacher)
     # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
     summary = summarize_queries(teacher_queries.detach(), quality.detach(), variant, add_stages=normalize == "queries")
     losses = []
-    for student, teacher, valid in zip(students, teachers, masks, strict=True):
+    for student, teacher, _, valid in levels:
         seen = compare(student, teacher, valid, summary)
         cells = None if valid is None else valid.flatten(1)
         weight = _loss_weight(seen, teacher_queries.shape[-2], cells, variant=variant, normalize=normalize)

@@ -1,0 +1,224 @@
+"""Plain distances of features: the baselines, and how to learn from a model that is no detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detr_kd_losses._options import OptionModule, Rules, boolean, one_of, validate_options
+from detr_kd_losses._precision import full_precision, shared_precision
+from detr_kd_losses._reduction import replica_mean, replica_sum
+from detr_kd_losses._validation import validate_positive
+from detr_kd_losses.losses.features.levels import Level, pair_levels
+from detr_kd_losses.losses.features.projection import FeatureProjection, Levels
+
+__all__ = ["FeatureDistillationLoss", "feature_distillation_loss"]
+
+Distance = Literal["mse", "cosine", "pearson", "channel"]
+
+RULES: Rules = {
+    "distance": one_of("mse", "cosine", "pearson", "channel"),
+    "temperature": validate_positive,
+    "sync_normalizer": boolean,
+}
+
+
+def feature_distillation_loss(
+    student_features: Levels,
+    teacher_features: Levels,
+    *,
+    distance: Distance = "mse",
+    weight: Levels | None = None,
+    padding_mask: Levels | None = None,
+    temperature: float = 1.0,
+    sync_normalizer: bool = True,
+) -> Tensor:
+    r"""Distil features cell by cell, wherever they are.
+
+    .. math:: L = \frac{1}{n} \sum_p w(p) \, d(S(p), T(p))
+
+    over the `n` valid cells `p` of the batch, levels added, with a `distance`
+
+    - ``"mse"``: the mean over channels of :math:`(S - T)^2`;
+    - ``"cosine"``: :math:`1 - \cos(S, T)`, whatever the length of the features; 1 where one of them has none;
+    - ``"pearson"`` (PKD): half the mean over channels of :math:`(\hat S - \hat T)^2`, standardised per channel over the
+      valid cells of the batch, 0 where a channel has no variance. It is 1 - Pearson's correlation, whatever scale and
+      shift the features have.
+
+    or, of each image and channel as a whole,
+
+    - ``"channel"`` (CWD): :math:`T^2 KL(softmax_p(T(p) / T) \| softmax_p(S(p) / T))` over its valid cells, a mean over
+      images and channels.
+
+    No gradient reaches the teacher. Half-precision inputs are computed in float32.
+
+    Args:
+        student_features: (B, D, H, W), or a sequence of levels. For other channels or sizes than the teacher's see
+            :class:`FeatureDistillationLoss`.
+        teacher_features: (B, D, H, W), or as many levels, each of the shape of the student's.
+        distance: ``"mse"``, ``"cosine"``, ``"pearson"`` or ``"channel"``.
+        weight: (B, H, W), not negative, or one per level: how much a cell counts, such as a
+            :func:`target_aware_mask` or :func:`box_mask`. None: all the same. Not for ``"channel"``, whose softmax
+            weighs cells.
+        padding_mask: (B, H, W) bool, True = a valid cell, or one per level. None: all valid.
+        temperature: Divisor of both features in ``"channel"``.
+        sync_normalizer: Whether the numbers of cells and of images, and the statistics of ``"pearson"``, are those of
+            all replicas when torch.distributed is initialised.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If shapes, devices or options do not fit, or the numbers of levels differ.
+        TypeError: If a dtype does not fit.
+
+    Examples:
+        >>> teacher = torch.randn(2, 8, 5, 4)
+        >>> student = (2 * teacher + 1).requires_grad_()
+        >>> feature_distillation_loss(student, teacher).backward()
+        >>> round(feature_distillation_loss(student, teacher, distance="pearson").item(), 4)
+        0.0
+
+    References:
+        Romero et al., "FitNets", ICLR 2015, arXiv:1412.6550.
+        Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
+        NeurIPS 2022, arXiv:2207.02039.
+        Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256.
+    """
+    validate_options(RULES, distance=distance, temperature=temperature)
+    if distance == "channel" and weight is not None:
+        msg = "`weight` must be None for the distance 'channel', whose softmax weighs cells, got weights"
+        raise ValueError(msg)
+    levels = pair_levels(student_features, teacher_features, weight=weight, padding_mask=padding_mask)
+    if distance == "channel":
+        losses = [_compare_channels(level, temperature, sync=sync_normalizer) for level in levels]
+    else:
+        losses = [_compare_cells(level, distance, sync=sync_normalizer) for level in levels]
+    return torch.stack(losses).sum()
+
+
+def _compare_cells(level: Level, distance: str, *, sync: bool) -> Tensor:
+    """Weighted mean over the valid cells of a level of a distance at each of them."""
+    student, teacher = shared_precision(level.student, level.teacher.detach())
+    valid = None if level.valid is None else level.valid.unsqueeze(1)
+    count = student.new_tensor(student[:, :1].numel()) if valid is None else valid.sum().to(student.dtype)
+    weight = None if level.weight is None else level.weight.detach().to(student.dtype).unsqueeze(1)
+    if distance == "pearson":
+        difference = _standardise(student, valid, count, sync=sync) - _standardise(teacher, valid, count, sync=sync)
+        distances = difference.square().sum(1, keepdim=True) / (2 * max(student.shape[1], 1))
+    else:
+        # A cell without weight has no part, as one that is not valid; to the statistics above it belongs.
+        part = valid if weight is None else (weight != 0 if valid is None else valid & (weight != 0))
+        compare = _mean_square if distance == "mse" else _angle
+        distances = compare(student, teacher, part)
+    if weight is not None:
+        distances = distances * _blanked(weight, valid)
+    return distances.sum() / replica_mean(count, sync=sync)
+
+
+def _blanked(values: Tensor, part: Tensor | None) -> Tensor:
+    return values if part is None else values.where(part, 0.0)
+
+
+def _mean_square(student: Tensor, teacher: Tensor, part: Tensor | None) -> Tensor:
+    """Mean over channels of the squared difference -> (B, 1, H, W)."""
+    return _blanked(student - teacher, part).square().sum(1, keepdim=True) / max(student.shape[1], 1)
+
+
+def _angle(student: Tensor, teacher: Tensor, part: Tensor | None) -> Tensor:
+    """1 - cosine -> (B, 1, H, W), as half the squared distance of the directions: 0 where they are the same."""
+    # Blanked first: nothing of what has no part may reach a length, and its gradient.
+    (student, long), (teacher, teacher_long) = _direction(_blanked(student, part)), _direction(_blanked(teacher, part))
+    # Where one has no direction, half of the distance of 1 is missing.
+    return ((student - teacher).square().sum(1, keepdim=True) + (long != teacher_long)) / 2
+
+
+def _direction(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of length 1, or 0 where they have no length, and where they have one."""
+    square = features.square().sum(1, keepdim=True)
+    return features * _inverse_root(square, square > 0), square > 0
+
+
+def _standardise(features: Tensor, valid: Tensor | None, count: Tensor, *, sync: bool) -> Tensor:
+    """Features of mean 0 and variance 1 over all valid cells in each channel; of variance 0 where there is none."""
+    cells = (0, 2, 3)
+    number = replica_sum(count, sync=sync).clamp(min=1)
+    mean = replica_sum(_blanked(features, valid).sum(cells, keepdim=True), sync=sync) / number
+    centred = _blanked(features - mean, valid)
+    variance = replica_sum(centred.square().sum(cells, keepdim=True), sync=sync) / number
+    # Below it is the rounding of a mean.
+    least = (8 * torch.finfo(mean.dtype).eps * mean).square()
+    return centred * _inverse_root(variance, variance > least)
+
+
+def _inverse_root(square: Tensor, where: Tensor) -> Tensor:
+    """1 / sqrt(square) where it is, else 0, with no gradient."""
+    return torch.where(where, torch.where(where, square, 1.0).rsqrt(), 0.0)
+
+
+def _compare_channels(level: Level, temperature: float, *, sync: bool) -> Tensor:
+    """Mean over images and channels of the divergence of where in the image a channel is strong."""
+    valid = None if level.valid is None else level.valid.flatten(1).unsqueeze(1)
+    log_q, log_p = shared_precision(
+        *(_log_share(features, temperature, valid) for features in (level.student, level.teacher.detach()))
+    )
+    divergence = _blanked(log_p.exp() * (log_p - log_q), valid).sum() * temperature**2
+    images = replica_mean(log_q.new_tensor(len(log_q)), sync=sync)
+    return divergence / (images * max(log_q.shape[1], 1))
+
+
+def _log_share(features: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    """Log-softmax over the valid cells of (B, D, H, W) -> (B, D, H*W); without a valid cell any finite number."""
+    features = full_precision(features).flatten(2) / temperature
+    lowest = torch.finfo(features.dtype).min
+    return (features if valid is None else features.where(valid, lowest)).log_softmax(-1)
+
+
+class FeatureDistillationLoss(OptionModule):
+    """Module form of :func:`feature_distillation_loss`, with the same options and defaults, and a learned projection.
+
+    Args:
+        student_channels: See :class:`FeatureProjection`, which maps the student's features to the teacher's space.
+        teacher_channels: See :class:`FeatureProjection`.
+        distance: ``"mse"``, ``"cosine"``, ``"pearson"`` or ``"channel"``.
+        temperature: Divisor of both features in ``"channel"``.
+        sync_normalizer: Whether numbers and statistics are those of all replicas.
+
+    Examples:
+        >>> loss = FeatureDistillationLoss(4, 8, distance="cosine")
+        >>> loss(torch.randn(2, 4, 3, 3), torch.randn(2, 8, 6, 6)).shape
+        torch.Size([])
+        >>> [tuple(parameter.shape) for parameter in loss.parameters()]
+        [(8, 4, 1, 1), (8,)]
+    """
+
+    rules = RULES
+
+    def __init__(
+        self,
+        student_channels: int | Sequence[int] | None = None,
+        teacher_channels: int | Sequence[int] | None = None,
+        *,
+        distance: Distance = "mse",
+        temperature: float = 1.0,
+        sync_normalizer: bool = True,
+    ) -> None:
+        super().__init__(distance=distance, temperature=temperature, sync_normalizer=sync_normalizer)
+        self.projections = FeatureProjection(student_channels, teacher_channels)
+
+    def forward(
+        self,
+        student_features: Levels,
+        teacher_features: Levels,
+        *,
+        weight: Levels | None = None,
+        padding_mask: Levels | None = None,
+    ) -> Tensor:
+        """See :func:`feature_distillation_loss`; the student's channels and size may differ."""
+        students = self.projections(student_features, teacher_features)
+        return feature_distillation_loss(
+            students, teacher_features, weight=weight, padding_mask=padding_mask, **self.options
+        )
