@@ -21,7 +21,7 @@ HOMES = {loss.function: loss.term for loss in LOSSES.values() if not isinstance(
     dkl.query_quality: dkl.FeatureTerm,
     dkl.match_targets: dkl.TargetMatching,
 }
-DATA = {"teacher_positive", "padding_mask"}
+DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask"}
 RENAMED = {
     (dkl.match_teacher, "weight_class"): "cost_class",
     (dkl.match_teacher, "weight_bbox"): "cost_bbox",
@@ -81,7 +81,7 @@ def result(criterion):
             cells = [torch.ones(level[:, 0].shape, dtype=torch.bool) for level in teacher.features]
             for mask in cells:
                 mask[..., 1:] = False
-            teacher = teacher._replace(padding_mask=cells)
+            teacher = teacher._replace(padding_mask=cells, logits=teacher.logits / 2)
         losses = criterion(student, teacher, targets)
         sum(losses.values()).backward()
         gradients = over_tensors(lambda tensor: tensor.grad, student._replace(padding_mask=None, queries=None))

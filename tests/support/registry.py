@@ -102,6 +102,8 @@ HUNGARIAN_DISTILLATION = Loss(
     OF_EVERY_TERM
     | {
         "matching": "joint",
+        "negatives": ("by_box", {"matching": "targets"}),
+        "weighting": "confidence",
         "cost_class": 30.0,
         "cost_bbox": 0.0,
         "cost_giou": 30.0,
@@ -144,6 +146,18 @@ HUNGARIAN_DISTILLATION = Loss(
 SHARED_QUERIES = Loss(
     dkl.shared_query_distillation_loss,
     dkl.SharedQueryDistillationLoss,
+    dkl.SharedQueryTerm,
+    OF_EVERY_TERM
+    | {
+        "stage_map": "even",
+        "weighting": "uniform",
+        "class_loss": "bce",
+        "temperature": 2.0,
+        "weight_class": 2.0,
+        "weight_bbox": 1.0,
+        "weight_giou": 1.0,
+        "sync_normalizer": False,
+    },
     wrt=("student_logits", "student_boxes"),
     trials={
         "shared queries": Trial(cases.shared(), {"temperature": 2.0}),
@@ -237,6 +251,14 @@ def channel_distance(student_features, teacher_features, *, padding_mask=None, t
 PLAIN_FEATURES = Loss(
     dkl.feature_distillation_loss,
     dkl.FeatureDistillationLoss,
+    dkl.PlainFeatureTerm,
+    OF_EVERY_TERM
+    | {
+        "cells": "boxes",
+        "distance": "pearson",
+        "temperature": (2.0, {"distance": "channel"}),
+        "sync_normalizer": False,
+    },
     wrt=("student_features",),
     trials={
         "plain features": Trial(cases.plain_features(), {}),
