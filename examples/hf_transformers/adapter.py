@@ -86,11 +86,18 @@ class Tap:
         self._hooks.clear()
         self.model.model.decoder.training = self._decoder_training
 
-    def output(self, *, group: QueryGroup | None = None, levels: Sequence[int] | None = None) -> dkl.DetectorOutput:
+    def output(
+        self,
+        *,
+        group: QueryGroup | None = None,
+        group_index: Tensor | None = None,
+        levels: Sequence[int] | None = None,
+    ) -> dkl.DetectorOutput:
         """Return what the model has said about the batch, layer by layer.
 
         Args:
             group: Queries of a teacher, to be sent through this model's decoder as well.
+            group_index: Which of the teacher's queries these are (B, K). None: all of them.
             levels: Which feature levels to keep, where teacher and student have different ones. None: all.
         """
         own = _select_queries(self.family.predict(self.model, self._recorded()), self._own_queries())
@@ -104,12 +111,17 @@ class Tap:
             features=[features[level] for level in keep],
             padding_mask=None if padding_mask is None else [padding_mask[level] for level in keep],
             group=None if replayed is None else dkl.Predictions(replayed.logits, replayed.boxes),
+            group_index=None if replayed is None else group_index,
         )
 
-    def query_group(self) -> QueryGroup:
-        """Return the model's own queries, for the decoder of another model."""
+    def query_group(self, index: Tensor | None = None) -> QueryGroup:
+        """Return the model's own queries, for the decoder of another model; or those of `index` (B, K) alone."""
         arguments, own = self._recorded().arguments, self._own_queries()
-        return {name: arguments[name][:, own].detach() for name in self.family.query_arguments}
+        group = {name: arguments[name][:, own].detach() for name in self.family.query_arguments}
+        if index is None:
+            return group
+        images = torch.arange(len(index), device=index.device).unsqueeze(-1)
+        return {name: queries.expand(len(index), *queries.shape[1:])[images, index] for name, queries in group.items()}
 
     def replay(self, group: QueryGroup) -> Predictions:
         """Run the decoder once more on the same image, with other queries in place of the model's own.

@@ -29,6 +29,7 @@ class DistillationTrainer(Trainer):
         distillation: The loss; None: `distillation_loss(model, teacher)`.
         schedule: Factor of the distillation terms at a progress in [0, 1] of the training; where it is 0 the teacher
             does not run.
+        group_share: How many of the teacher's queries run through the student's decoder, the surest first; 1: all.
         student_levels: Feature levels of the student to distil, where teacher and student have different ones.
         teacher_levels: Those of the teacher that correspond.
         **options: Those of `transformers.Trainer`.
@@ -40,6 +41,7 @@ class DistillationTrainer(Trainer):
         teacher: nn.Module,
         distillation: dkl.DETRDistillationLoss | None = None,
         schedule: Callable[[float], float] = lambda progress: 1.0,  # noqa: ARG005
+        group_share: float = 1.0,
         student_levels: Sequence[int] | None = None,
         teacher_levels: Sequence[int] | None = None,
         **options: Any,
@@ -54,6 +56,7 @@ class DistillationTrainer(Trainer):
         self.teacher = FrozenTeacher(teacher).to(self.args.device)
         self.levels = (student_levels, teacher_levels)
         self.schedule = schedule
+        self.group_share = group_share
         num_levels = None if student_levels is None else len(student_levels)
         self.distillation = distillation or distillation_loss(self.model, teacher, num_levels=num_levels)
         self.query_projection = QueryProjection(self.model, teacher)
@@ -98,8 +101,13 @@ class DistillationTrainer(Trainer):
             with Tap(self.teacher.module) as teacher_tap:
                 self.teacher(**{name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs})
             teacher_output = teacher_tap.output(levels=teacher_levels)
-            group = self.query_projection(teacher_tap.query_group()) if "group" in self.distillation.needs else None
-            student_output = student_tap.output(group=group, levels=student_levels)
+            group, index = None, None
+            if "group" in self.distillation.needs:
+                if self.group_share < 1:
+                    head = {"activation": teacher_tap.family.activation}
+                    index = dkl.best_queries(teacher_output.logits[-1], self.group_share, **head)
+                group = self.query_projection(teacher_tap.query_group(index))
+            student_output = student_tap.output(group=group, group_index=index, levels=student_levels)
             check_levels(student_output, teacher_output)
             terms = self.distillation(student_output, teacher_output, targets)
         for name, term in terms.items():

@@ -86,6 +86,15 @@ def trainer(
     return trainer
 
 
+def test_a_share_of_the_teachers_queries(teacher: nn.Module, shapes: CocoDetection, tmp_path: Path) -> None:
+    trainer = student_trainer(teacher, shapes, tmp_path, steps=1)
+    trainer.group_share = 1 / 3
+    seen = []
+    trainer.distillation.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    trainer.train()
+    assert seen[0].group.logits.shape[2] == seen[0].group_index.shape[1] == 8
+
+
 class TestRun:
     """One distillation of 60 steps, looked at from all sides."""
 
