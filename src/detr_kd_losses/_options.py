@@ -109,6 +109,14 @@ class OptionModule(nn.Module):
         """The options by name."""
         return {name: getattr(self, name) for name in self.rules}
 
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """The options of a call: in evaluation mode, in which a replica may be alone, counts are not shared."""
+        options = self.options
+        if "sync_normalizer" in options:
+            options["sync_normalizer"] = self.sync_normalizer and self.training
+        return options
+
     def extra_repr(self) -> str:
         """Show the options."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -116,7 +116,9 @@ class DETRDistillationLoss(OptionModule):
             targets: Padded targets of the batch.
 
         Returns:
-            Scalars by name, those of the terms that apply. A term of weight 0 gives 0.
+            Scalars by name, those of the terms that apply. A term of weight 0 gives 0, and so does a term that does not
+            apply where it has parameters. In several processes all must call this in a step with gradients; without
+            gradients, or in evaluation mode, one may call it alone.
 
         Raises:
             ValueError: If shapes or devices do not fit, or one side lacks what the other has.

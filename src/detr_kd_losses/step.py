@@ -176,7 +176,10 @@ class Step:
         index = self.student.group_index
         return teacher if index is None else gather_partners(teacher, index.expand(len(teacher), -1, -1))
 
-    @property
-    def zero(self) -> Tensor:
-        """A scalar 0 with a graph, on the student's device."""
-        return full_precision(self.student.logits[..., :0]).sum()
+    def zero(self, *fields: str) -> Tensor:
+        """A scalar 0 on the student's device, with a graph to its logits, its boxes and the `fields` that it gives."""
+        said = [self.student.logits, self.student.boxes]
+        for field in fields:
+            value = getattr(self.student, field)
+            said += [value] if isinstance(value, Tensor) else [] if value is None else value
+        return torch.stack([full_precision(tensor[..., :0]).sum() for tensor in said]).sum()

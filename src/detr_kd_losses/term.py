@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from detr_kd_losses._options import OptionModule, Rules, text
+from detr_kd_losses._reduction import share_nothing
 from detr_kd_losses._validation import validate_not_negative
 from detr_kd_losses.heads import Heads
 from detr_kd_losses.step import Step
@@ -34,11 +35,14 @@ class Term(OptionModule):
 
     Attributes:
         parts: What it returns, by name without the prefix.
-        needs: Fields of :class:`DetectorOutput` without which it does not apply.
+        needs: Fields of :class:`DetectorOutput` without which it does not apply. If it has parameters, it is 0 then.
+        shares_counts: Whether `compute` calls one loss that averages its counts over replicas. Then it takes part in
+            every step, one in which its weight is 0 or it does not apply on this replica included, so that none waits.
     """
 
     parts: ClassVar[Sequence[str]] = ()
     needs: ClassVar[Sequence[str]] = ()
+    shares_counts: ClassVar[bool] = False
     rules: ClassVar[Rules] = {"weight": validate_not_negative, "prefix": text}
 
     def __init__(self, *, weight: float = 1.0, prefix: str = "loss_kd_", **options: Any) -> None:
@@ -58,14 +62,15 @@ class Term(OptionModule):
         raise TypeError(msg)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """The scalars by name, weighted; none where the term does not apply."""
+        """The scalars by name, weighted; none where the term does not apply, unless it has parameters."""
         given = [getattr(output, field) for output in (step.student, step.teacher) for field in self.needs]
-        if self.needs and all(value is None for value in given):
-            return {}
-        if self.weight == 0:
+        applies = not self.needs or any(value is not None for value in given)
+        if self.weight == 0 or not applies:
+            if self.shares_counts:
+                share_nothing(step.student.logits, sync=self.call_options.get("sync_normalizer", True))
             # Parameters of its own get a gradient of 0, as data-parallel training expects of every parameter.
             parameters = [parameter.flatten()[:0].sum() for parameter in self.parameters()]
-            return dict.fromkeys(self.names, sum(parameters, step.zero))
+            return dict.fromkeys(self.names, sum(parameters, step.zero(*self.needs))) if applies or parameters else {}
         losses = {name.removeprefix("loss_"): loss for name, loss in self.compute(step).items()}
         if set(losses) != set(self.parts):
             msg = f"`{type(self).__name__}.compute` must return the `parts` {tuple(self.parts)}, got {tuple(losses)}"

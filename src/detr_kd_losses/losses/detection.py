@@ -8,7 +8,7 @@ from torch import Tensor
 
 from detr_kd_losses._options import WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import shared_precision
-from detr_kd_losses._reduction import masked_sum, replica_mean, sum_last
+from detr_kd_losses._reduction import masked_sum, replica_means, sum_last
 from detr_kd_losses._validation import (
     validate_in_unit_interval,
     validate_not_negative,
@@ -73,7 +73,8 @@ def detection_loss(
         weight_class: Weight of the class term.
         weight_bbox: Weight of the L1 distance.
         weight_giou: Weight of 1 - GIoU.
-        sync_normalizer: Whether the normalisers are averaged over replicas when torch.distributed is initialised.
+        sync_normalizer: Whether the normalisers are averaged over replicas when torch.distributed is initialised
+            and gradients are enabled.
 
     Returns:
         ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
@@ -102,15 +103,19 @@ def detection_loss(
     target_boxes = target_boxes.detach().expand(*stages_and_batch, -1, -1)
     matched = assignment >= 0
     labels = gather_partners(labels, assignment)
-    num_targets = replica_mean(target_mask.sum().to(logits.dtype), sync=sync_normalizer)
+    num_targets = target_mask.sum().to(logits.dtype)
 
     if class_loss == "focal":
+        (num_targets,) = replica_means(num_targets, sync=sync_normalizer)
         is_class = (torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)) & matched.unsqueeze(
             -1
         )
         loss_class = sum_last(_focal(logits, is_class, alpha, gamma), 3) / num_targets
     else:
-        loss_class = _weighted_cross_entropy(logits, labels, matched, no_object_weight, sync=sync_normalizer)
+        weight = torch.full_like(boxes[..., 0], no_object_weight).masked_fill(matched, 1.0)
+        floors = 1.0, torch.finfo(logits.dtype).tiny
+        num_targets, total = replica_means(num_targets, sum_last(weight, 2), sync=sync_normalizer, at_least=floors)
+        loss_class = sum_last(_cross_entropy(logits, labels, matched, weight), 2) / total
 
     box_mask = matched.unsqueeze(-1)
     distance, overlap = box_terms(
@@ -162,15 +167,10 @@ def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tens
     return -weight * (gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)
 
 
-def _weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, matched: Tensor, no_object_weight: float, *, sync: bool
-) -> Tensor:
-    """Mean of the cross-entropy over (B, N), queries without target weighted by `no_object_weight` -> (L,)."""
+def _cross_entropy(logits: Tensor, labels: Tensor, matched: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of each query (..., N) times its `weight`; the label of a query without target is "no object"."""
     labels = torch.where(matched, labels, logits.shape[-1] - 1)
-    surprise = -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    weight = torch.full_like(surprise, no_object_weight).masked_fill(matched, 1.0)
-    total = replica_mean(sum_last(weight, 2), sync=sync, at_least=torch.finfo(logits.dtype).tiny)
-    return sum_last(weight * surprise, 2) / total
+    return -weight * logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 class DetectionLoss(OptionModule):
@@ -216,4 +216,4 @@ class DetectionLoss(OptionModule):
         assignment: Tensor,
     ) -> dict[str, Tensor]:
         """See :func:`detection_loss`."""
-        return detection_loss(logits, boxes, target_labels, target_boxes, target_mask, assignment, **self.options)
+        return detection_loss(logits, boxes, target_labels, target_boxes, target_mask, assignment, **self.call_options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detr_kd_losses._options import HEADS, WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import shared_precision
-from detr_kd_losses._reduction import masked_sum, replica_mean, replica_weight, sum_last
+from detr_kd_losses._reduction import masked_sum, replica_means, replica_weight, sum_last
 from detr_kd_losses._validation import (
     validate_both_predictions,
     validate_not_negative,
@@ -105,7 +105,7 @@ def hungarian_distillation_loss(
         weight_negative: Weight of the negative pairs' box terms.
         weight_negative_class: Weight of the negative pairs' class term, on top of `weight_class`.
         sync_normalizer: Whether the numbers of pairs, or the sums of their weights, are averaged over replicas when
-            torch.distributed is initialised.
+            torch.distributed is initialised and gradients are enabled.
 
     Returns:
         ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
@@ -188,7 +188,8 @@ def _split_pairs(assignment: Tensor, teacher_positive: Tensor | None, teacher_lo
 def _count_pairs(pairs: Tensor, dtype: torch.dtype, weight: Tensor | None, *, sync: bool) -> Tensor:
     """What sums over the `pairs` (2, ..., N) of each layer are divided by: the number of pairs, or all their weight."""
     if weight is None:
-        return replica_mean(sum_last(pairs.to(dtype), 2), sync=sync)
+        (counts,) = replica_means(sum_last(pairs.to(dtype), 2), sync=sync)
+        return counts
     return replica_weight(masked_sum(weight, pairs, 2), sync=sync)
 
 
@@ -267,5 +268,5 @@ class HungarianDistillationLoss(OptionModule):
             assignment,
             teacher_positive=teacher_positive,
             teacher_weight=teacher_weight,
-            **self.options,
+            **self.call_options,
         )

@@ -52,7 +52,8 @@ def teacher_assigned_query_loss(
         weight_class: Weight of the class term.
         weight_bbox: Weight of the L1 distance.
         weight_giou: Weight of 1 - GIoU.
-        sync_normalizer: Whether the normalisers are averaged over replicas when torch.distributed is initialised.
+        sync_normalizer: Whether the normalisers are averaged over replicas when torch.distributed is initialised
+            and gradients are enabled.
 
     Returns:
         ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
@@ -125,7 +126,7 @@ class TeacherAssignedQueryLoss(DetectionLoss):
             target_boxes,
             target_mask,
             teacher_assignment,
-            **self.options,
+            **self.call_options,
         )
 
 

@@ -165,5 +165,5 @@ class SharedQueryDistillationLoss(OptionModule):
     ) -> dict[str, Tensor]:
         """See :func:`shared_query_distillation_loss`."""
         return shared_query_distillation_loss(
-            student_logits, student_boxes, teacher_logits, teacher_boxes, **self.options
+            student_logits, student_boxes, teacher_logits, teacher_boxes, **self.call_options
         )

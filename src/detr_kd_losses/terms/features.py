@@ -52,6 +52,7 @@ class FeatureTerm(Term):
 
     parts = ("feature",)
     needs = ("features",)
+    shares_counts = True
     rules = _RULES
 
     def __init__(
@@ -113,6 +114,6 @@ class FeatureTerm(Term):
             queries,
             quality,
             padding_mask=mask,
-            **{name: getattr(self, name) for name in RULES},
+            **{name: self.call_options[name] for name in RULES},
         )
         return {"feature": loss}

@@ -82,6 +82,7 @@ class LogitsTerm(Term):
     """
 
     parts = ("class", "bbox", "giou")
+    shares_counts = True
     rules = _RULES
 
     def __init__(
@@ -148,7 +149,7 @@ class LogitsTerm(Term):
             teacher_positive=positive,
             teacher_weight=None if weight is None else select(weight),
             **step.heads.options,
-            **{name: getattr(self, name) for name in _LOSS_RULES},
+            **{name: self.call_options[name] for name in _LOSS_RULES},
         )
 
     def _weigh(self, step: Step) -> Tensor | None:

@@ -36,7 +36,8 @@ class PlainFeatureTerm(Term):
         cells: ``"all"``, or those that the ``"boxes"`` of targets touch (:func:`box_mask`), but not for ``"channel"``.
         distance: ``"mse"``, ``"cosine"``, ``"pearson"`` or ``"channel"``.
         temperature: Divisor of both features in ``"channel"``.
-        sync_normalizer: Whether numbers and statistics are those of all replicas.
+        sync_normalizer: Whether numbers and statistics are those of all replicas. ``"pearson"`` adds the statistics of
+            every level, in the backward pass too: all replicas must then compute the term in the same steps.
 
     Examples:
         >>> PlainFeatureTerm([64, 128], [256, 256], distance="pearson").names
@@ -48,6 +49,7 @@ class PlainFeatureTerm(Term):
 
     parts = ("feature",)
     needs = ("features",)
+    shares_counts = True
     rules = _RULES
 
     def __init__(
@@ -84,6 +86,6 @@ class PlainFeatureTerm(Term):
             teachers,
             weight=weight,
             padding_mask=mask,
-            **{name: getattr(self, name) for name in RULES},
+            **{name: self.call_options[name] for name in RULES},
         )
         return {"feature": loss}

@@ -51,6 +51,7 @@ class QueryGroupTerm(Term):
 
     parts = ("class", "bbox", "giou")
     needs = ("group",)
+    shares_counts = True
     rules = _RULES
 
     def __init__(
@@ -102,7 +103,7 @@ class QueryGroupTerm(Term):
             )
             raise ValueError(msg)
         logits, boxes = step.student.group
-        options = {name: getattr(self, name) for name in RULES}
+        options = {name: self.call_options[name] for name in RULES}
         if self.class_loss is None:
             options["class_loss"] = class_loss_of(step.heads.student)
         assignment = select_stages(step.of_group(step.teacher_assignment), len(logits), stage_map=self.stage_map)

@@ -51,6 +51,7 @@ class SharedQueryTerm(Term):
 
     parts = ("class", "bbox", "giou")
     needs = ("group",)
+    shares_counts = True
     rules = _RULES
 
     def __init__(
@@ -95,5 +96,5 @@ class SharedQueryTerm(Term):
         queries = shared.logits.shape[1:3]
         validate_same_shape("student.group", group.logits.shape[1:3], "the teacher's queries", queries, "(B, K)")
         logits, boxes = (select_stages(tensor, len(group.logits), stage_map=self.stage_map) for tensor in shared)
-        options = {name: getattr(self, name) for name in _LOSS_RULES}
+        options = {name: self.call_options[name] for name in _LOSS_RULES}
         return shared_query_distillation_loss(group.logits, group.boxes, logits, boxes, **step.heads.options, **options)

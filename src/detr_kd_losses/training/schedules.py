@@ -1,8 +1,8 @@
 """Weights that change while training goes on: plain functions from progress in [0, 1] to a factor in [0, 1].
 
-A product of schedules is a schedule. The options of every loss are plain attributes, so a training loop writes
+A product of schedules is a schedule. The options of every term are attributes, so a training loop writes
 
-    loss.weight_feature = 20 * cosine_decay(step / steps, start=0.5)
+    criterion.terms["feature"].weight = 20 * cosine_decay(step / steps, start=0.5)
 
 or multiplies the sum of the terms by the factor, and need not run the teacher at all where the factor is 0.
 """

@@ -39,12 +39,12 @@ def touched_cells(max_examples):
 MUTANTS = [
     *faults(
         dkl.feature_distillation_loss,
-        ("plain levels averaged", "torch.stack(losses).sum()", "torch.stack(losses).mean()", plain("levels_add")),
+        ("plain levels averaged", "in means]).sum()", "in means]).mean()", plain("levels_add")),
+        ("plain cells of each replica", "counts, sync=sync_normalizer", "counts, sync=False", plain("replicas")),
     ),
     *faults(
         plain_features._compare_cells,
         ("padding cells count in plain features", "valid.sum()", "torch.ones_like(valid).sum()", plain("cell_padding")),
-        ("cells of each replica in plain features", "/ replica_mean(count, sync=sync)", "/ count", plain("replicas")),
         ("cells without weight", "distances * _blanked(weight, valid)", "distances", plain_value("mse")),
         (
             "the teacher of plain features keeps its graph",
@@ -118,7 +118,7 @@ MUTANTS = [
         loss.target_aware_feature_loss,
         ("padding cells count", "cells.sum()", "torch.ones_like(cells).sum()", feature("cell_padding")),
         ("cells of each replica", "sync=sync_normalizer", "sync=False", feature("replicas")),
-        ("levels averaged", "torch.stack(losses).sum()", "torch.stack(losses).mean()", feature("levels_add")),
+        ("levels averaged", "torch.stack(per_level).sum()", "torch.stack(per_level).mean()", feature("levels_add")),
     ),
     *faults(
         loss._loss_weight,

@@ -213,9 +213,15 @@ MUTANTS = [
         ),
         (
             "normaliser of each replica's targets",
-            "logits.dtype), sync=sync_normalizer)",
-            "logits.dtype), sync=False)",
+            "replica_means(num_targets, sync=sync_normalizer)",
+            "replica_means(num_targets, sync=False)",
             detected("replicas"),
+        ),
+        (
+            "cross-entropy over the number of queries",
+            "sum_last(weight, 2), sync",
+            "sum_last(torch.ones_like(weight), 2), sync",
+            cross_entropy_value,
         ),
         (
             "unmatched queries have a class",
@@ -235,14 +241,8 @@ MUTANTS = [
         ),
     ),
     *faults(
-        detection._weighted_cross_entropy,
+        detection._cross_entropy,
         ("no-object class first", "logits.shape[-1] - 1", "0", cross_entropy_value),
-        (
-            "cross-entropy over the number of queries",
-            "sum_last(weight, 2)",
-            "sum_last(torch.ones_like(weight), 2)",
-            cross_entropy_value,
-        ),
     ),
     *faults(
         boxes._overlap,

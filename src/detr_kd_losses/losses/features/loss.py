@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._options import OptionModule, Rules, boolean, one_of
-from detr_kd_losses._reduction import replica_mean
+from detr_kd_losses._reduction import replica_means
 from detr_kd_losses.losses.features._passes import Comparison, compare
 from detr_kd_losses.losses.features._similarity import summarize_queries
 from detr_kd_losses.losses.features.levels import pair_levels
@@ -61,7 +61,7 @@ def target_aware_feature_loss(
         normalize: See :func:`target_aware_mask`.
         padding_mask: (B, H, W) bool, True = a valid cell, or one per level. None: all valid.
         sync_normalizer: Whether the number of valid cells is averaged over replicas when torch.distributed is
-            initialised.
+            initialised and gradients are enabled.
 
     Returns:
         A scalar.
@@ -86,15 +86,18 @@ def target_aware_feature_loss(
         validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", level.teacher)
     # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
     summary = summarize_queries(teacher_queries.detach(), quality.detach(), variant, add_stages=normalize == "queries")
-    losses = []
+    distances, counts = [], []
     for student, teacher, _, valid in levels:
         seen = compare(student, teacher, valid, summary)
         cells = None if valid is None else valid.flatten(1)
         weight = _loss_weight(seen, teacher_queries.shape[-2], cells, variant=variant, normalize=normalize)
         count = weight.new_full((), weight.numel()) if cells is None else cells.sum().to(weight.dtype)
-        count = replica_mean(count, sync=sync_normalizer) * max(student.shape[1], 1)
-        losses.append((seen.distance * weight).sum() / count)
-    return torch.stack(losses).sum()
+        counts.append(count)
+        distances.append((seen.distance * weight).sum())
+    channels = [max(level.student.shape[1], 1) for level in levels]
+    each = zip(distances, replica_means(*counts, sync=sync_normalizer), channels, strict=True)
+    per_level = [distance / (count * number) for distance, count, number in each]
+    return torch.stack(per_level).sum()
 
 
 @torch.no_grad()
@@ -152,5 +155,5 @@ class TargetAwareFeatureLoss(OptionModule):
         """See :func:`target_aware_feature_loss`; the student's channels and size may differ."""
         students = self.projections(student_features, teacher_features)
         return target_aware_feature_loss(
-            students, teacher_features, teacher_queries, quality, padding_mask=padding_mask, **self.options
+            students, teacher_features, teacher_queries, quality, padding_mask=padding_mask, **self.call_options
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detr_kd_losses._options import OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import full_precision, shared_precision
-from detr_kd_losses._reduction import replica_mean, replica_sum
+from detr_kd_losses._reduction import replica_means, replica_sum
 from detr_kd_losses._validation import validate_positive
 from detr_kd_losses.losses.features.levels import Level, pair_levels
 from detr_kd_losses.losses.features.projection import FeatureProjection, Levels
@@ -94,14 +94,16 @@ def feature_distillation_loss(
         raise ValueError(msg)
     levels = pair_levels(student_features, teacher_features, weight=weight, padding_mask=padding_mask)
     if distance == "channel":
-        losses = [_compare_channels(level, temperature, sync=sync_normalizer) for level in levels]
+        sums = [_compare_channels(level, temperature) for level in levels]
     else:
-        losses = [_compare_cells(level, distance, sync=sync_normalizer) for level in levels]
-    return torch.stack(losses).sum()
+        sums = [_compare_cells(level, distance, sync=sync_normalizer) for level in levels]
+    totals, counts = zip(*sums, strict=True)
+    means = zip(totals, replica_means(*counts, sync=sync_normalizer), strict=True)
+    return torch.stack([total / count for total, count in means]).sum()
 
 
-def _compare_cells(level: Level, distance: str, *, sync: bool) -> Tensor:
-    """Weighted mean over the valid cells of a level of a distance at each of them."""
+def _compare_cells(level: Level, distance: str, *, sync: bool) -> tuple[Tensor, Tensor]:
+    """Weighted sum over the valid cells of a level of a distance at each of them, and their number."""
     student, teacher = shared_precision(level.student, level.teacher.detach())
     valid = None if level.valid is None else level.valid.unsqueeze(1)
     count = student.new_tensor(student[:, :1].numel()) if valid is None else valid.sum().to(student.dtype)
@@ -116,7 +118,7 @@ def _compare_cells(level: Level, distance: str, *, sync: bool) -> Tensor:
         distances = compare(student, teacher, part)
     if weight is not None:
         distances = distances * _blanked(weight, valid)
-    return distances.sum() / replica_mean(count, sync=sync)
+    return distances.sum(), count
 
 
 def _blanked(values: Tensor, part: Tensor | None) -> Tensor:
@@ -159,15 +161,14 @@ def _inverse_root(square: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, torch.where(where, square, 1.0).rsqrt(), 0.0)
 
 
-def _compare_channels(level: Level, temperature: float, *, sync: bool) -> Tensor:
-    """Mean over images and channels of the divergence of where in the image a channel is strong."""
+def _compare_channels(level: Level, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sum over images of the divergence of where a channel is strong, a mean over channels, and their number."""
     valid = None if level.valid is None else level.valid.flatten(1).unsqueeze(1)
     log_q, log_p = shared_precision(
         *(_log_share(features, temperature, valid) for features in (level.student, level.teacher.detach()))
     )
     divergence = _blanked(log_p.exp() * (log_p - log_q), valid).sum() * temperature**2
-    images = replica_mean(log_q.new_tensor(len(log_q)), sync=sync)
-    return divergence / (images * max(log_q.shape[1], 1))
+    return divergence / max(log_q.shape[1], 1), log_q.new_tensor(len(log_q))
 
 
 def _log_share(features: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
@@ -220,5 +221,5 @@ class FeatureDistillationLoss(OptionModule):
         """See :func:`feature_distillation_loss`; the student's channels and size may differ."""
         students = self.projections(student_features, teacher_features)
         return feature_distillation_loss(
-            students, teacher_features, weight=weight, padding_mask=padding_mask, **self.options
+            students, teacher_features, weight=weight, padding_mask=padding_mask, **self.call_options
         )
