@@ -62,6 +62,14 @@ def validate_boxes(name: str, boxes: Tensor) -> None:
         raise ValueError(msg)
 
 
+def validate_coordinates(name: str, boxes: Tensor) -> None:
+    """Raise unless `boxes` are floating and of shape (..., 4): integers would wrap around, without a word."""
+    validate_floating(name, boxes)
+    if boxes.ndim < 1 or boxes.shape[-1] != 4:
+        msg = f"`{name}` must have shape (..., 4), got {tuple(boxes.shape)}"
+        raise ValueError(msg)
+
+
 def validate_predictions(prefix: str, logits: Tensor, boxes: Tensor) -> None:
     """Raise unless `<prefix>logits` (..., N, C) and `<prefix>boxes` (..., N, 4) belong together."""
     validate_logits(f"{prefix}logits", logits)
@@ -146,11 +154,17 @@ def validate_number(name: str, value: object) -> None:
 
 
 def validate_positive(name: str, value: float) -> None:
-    """Raise unless `value` is a number above 0."""
+    """Raise unless `value` is a finite number above 0."""
     validate_number(name, value)
-    if not value > 0:
-        msg = f"`{name}` must be greater than 0, got {value!r}"
+    if not 0 < value < float("inf"):
+        msg = f"`{name}` must be greater than 0{'' if value != float('inf') else ' and finite'}, got {value!r}"
         raise ValueError(msg)
+
+
+def validate_count(name: str, value: int) -> None:
+    """Raise unless `value` is a whole number above 0."""
+    validate_type(name, value, (int, np.integer), "a whole number")
+    validate_positive(name, value)
 
 
 def validate_not_negative(name: str, value: float) -> None:

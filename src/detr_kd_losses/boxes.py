@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._precision import full_precision, shared_precision
-from detr_kd_losses._validation import validate_boxes, validate_same_device, validate_same_shape
+from detr_kd_losses._validation import validate_boxes, validate_coordinates, validate_same_device, validate_same_shape
 
 __all__ = [
     "box_area",
@@ -34,10 +34,15 @@ def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     Returns:
         (..., 4) as (x1, y1, x2, y2) in the dtype of `boxes`.
 
+    Raises:
+        ValueError: If the last dimension is not 4.
+        TypeError: If the dtype is not floating.
+
     Examples:
         >>> box_cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 0.5, 0.25])).tolist()
         [0.25, 0.375, 0.75, 0.625]
     """
+    validate_coordinates("boxes", boxes)
     cx, cy, w, h = boxes.unbind(-1)
     return torch.stack((cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h), dim=-1)
 
@@ -51,10 +56,15 @@ def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     Returns:
         (..., 4) as (cx, cy, w, h) in the dtype of `boxes`.
 
+    Raises:
+        ValueError: If the last dimension is not 4.
+        TypeError: If the dtype is not floating.
+
     Examples:
         >>> box_xyxy_to_cxcywh(torch.tensor([0.25, 0.375, 0.75, 0.625])).tolist()
         [0.5, 0.5, 0.5, 0.25]
     """
+    validate_coordinates("boxes", boxes)
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack((0.5 * (x1 + x2), 0.5 * (y1 + y2), x2 - x1, y2 - y1), dim=-1)
 
@@ -68,10 +78,15 @@ def box_area(boxes: Tensor) -> Tensor:
     Returns:
         (...), in squared units of `boxes`.
 
+    Raises:
+        ValueError: If the last dimension is not 4.
+        TypeError: If the dtype is not floating.
+
     Examples:
         >>> box_area(torch.tensor([[0.0, 0.0, 2.0, 3.0], [1.0, 1.0, 0.0, 2.0]])).tolist()
         [6.0, 0.0]
     """
+    validate_coordinates("boxes", boxes)
     x1, y1, x2, y2 = full_precision(boxes).unbind(-1)
     return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
 

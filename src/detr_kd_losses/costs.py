@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detr_kd_losses._labels import labels_fit
+from detr_kd_losses._options import WEIGHTS, Rules, one_of, validate_options
 from detr_kd_losses._precision import full_precision, full_precision_matmul, shared_precision
 from detr_kd_losses._validation import (
     validate_batch,
     validate_both_predictions,
     validate_boxes,
-    validate_choice,
     validate_dtype,
+    validate_in_unit_interval,
+    validate_not_negative,
     validate_predictions,
     validate_same_device,
     validate_same_shape,
@@ -21,6 +24,13 @@ from detr_kd_losses.boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from detr_kd_losses.heads import Activation, ClassCost, ClassMap, Heads
 
 __all__ = ["detection_cost", "distillation_cost"]
+
+COST_RULES: Rules = {
+    "class_cost": one_of("focal", "softmax"),
+    **WEIGHTS,
+    "alpha": validate_in_unit_interval,
+    "gamma": validate_not_negative,
+}
 
 
 def detection_cost(
@@ -75,7 +85,15 @@ def detection_cost(
         Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
     """
     validate_predictions("", logits, boxes)
-    validate_choice("class_cost", class_cost, ("focal", "softmax"))
+    validate_options(
+        COST_RULES,
+        class_cost=class_cost,
+        weight_class=weight_class,
+        weight_bbox=weight_bbox,
+        weight_giou=weight_giou,
+        alpha=alpha,
+        gamma=gamma,
+    )
     validate_dtype("target_labels", target_labels, torch.int64)
     validate_boxes("target_boxes", target_boxes)
     validate_same_shape("target_labels", target_labels.shape, "target_boxes", target_boxes.shape[:-1], "(..., T)")
@@ -90,9 +108,13 @@ def detection_cost(
     else:
         by_class = -logits.softmax(-1)
     # (..., N, C) -> (..., N, T)
-    labels = target_labels.clamp(min=0).unsqueeze(-2)
+    num_classes = logits.shape[-1] - (class_cost == "softmax")
+    known = target_labels < num_classes
+    labels = target_labels.clamp(0, max(num_classes - 1, 0)).unsqueeze(-2)
     labels = labels.expand(*logits.shape[:-1], labels.shape[-1])
     by_label = by_class.gather(-1, labels)
+    if labels_fit(target_labels, target_labels >= 0, num_classes) is not None:
+        by_label = by_label.where(known.unsqueeze(-2), torch.nan)
     return weight_class * by_label + box_cost(boxes, target_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
 
 
@@ -175,6 +197,7 @@ def distillation_costs(
 ) -> tuple[Tensor, Tensor]:
     """:func:`distillation_cost`, and the part of it that boxes alone have, each (..., N, M)."""
     validate_both_predictions(student_logits, student_boxes, teacher_logits, teacher_boxes)
+    validate_options(WEIGHTS, weight_class=weight_class, weight_bbox=weight_bbox, weight_giou=weight_giou)
     by_box = box_cost(student_boxes, teacher_boxes, weight_bbox=weight_bbox, weight_giou=weight_giou)
     logits, teacher_logits = shared_precision(student_logits, teacher_logits)
     heads = Heads(student_activation, teacher_activation, class_map)

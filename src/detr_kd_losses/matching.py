@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._blocks import COSTS_BUILT, COSTS_SOLVED, in_blocks, slices
+from detr_kd_losses._labels import labels_fit
 from detr_kd_losses._validation import validate_both_predictions, validate_predictions, validate_targets_shape
 from detr_kd_losses.assignment import linear_sum_assignment
 from detr_kd_losses.costs import box_cost, detection_cost, distillation_cost, distillation_costs
@@ -56,7 +57,7 @@ def match_targets(
         (..., N) int64: the target of each query, -1 = none.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If shapes, devices or options do not fit, or (on a CPU) a label is no class.
         TypeError: If a dtype does not fit.
 
     Examples:
@@ -87,8 +88,10 @@ def match_targets(
         gamma=gamma,
     )
     batch = logits.shape[:-2]
-    # What is written in padding does not matter, an index out of range included.
-    labels = target_labels.where(target_mask, 0)
+    num_classes = logits.shape[-1] - (class_cost == "softmax")
+    labels_fit(target_labels, target_mask, num_classes)
+    # What is written in padding does not matter, an index out of range included; a target's is no class, not class 0.
+    labels = target_labels.where(target_labels >= 0, num_classes).where(target_mask, 0)
     targets = (labels.expand(*batch, -1), target_boxes.expand(*batch, -1, -1))
     mask = target_mask.expand(*batch, -1)
     solve = partial(linear_sum_assignment, backend=backend)

@@ -15,6 +15,7 @@ from detr_kd_losses._validation import (
     validate_record,
     validate_same_device,
     validate_same_shape,
+    validate_targets_shape,
 )
 
 __all__ = ["DetectorOutput", "Predictions", "Targets", "pad_targets"]
@@ -190,6 +191,8 @@ def validate_step(student: DetectorOutput, teacher: DetectorOutput, targets: Tar
         "student.logits", student.logits.shape[1:2], "teacher.logits", teacher.logits.shape[1:2], "(B,)"
     )
     validate_same_device("student.logits", student.logits, **{"teacher.logits": teacher.logits})
+    batch = student.logits.shape[1:2]
+    validate_targets_shape(*targets, batch_shape=batch, like=student.logits, like_name="student.logits")
 
 
 def _each(function: Callable[[Tensor], Any], value: Any) -> Any:

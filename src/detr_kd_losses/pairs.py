@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from detr_kd_losses._labels import validate_partners
 from detr_kd_losses._validation import (
     validate_dtype,
     validate_floating,
@@ -19,11 +20,14 @@ from detr_kd_losses.boxes import box_cxcywh_to_xyxy, paired_generalized_box_iou
 __all__ = ["assignment_to_indices", "invert_assignment", "match_through_targets"]
 
 
-def validate_assignment(name: str, assignment: Tensor, predictions_name: str, predictions: Tensor) -> None:
-    """Raise unless `assignment` is int64 and has the dimensions (..., N) of `predictions` (..., N, C)."""
+def validate_assignment(
+    name: str, assignment: Tensor, predictions_name: str, predictions: Tensor, num_partners: int
+) -> None:
+    """Raise unless `assignment` is int64, has the dimensions (..., N) of `predictions` and partners that exist."""
     validate_dtype(name, assignment, torch.int64)
     validate_same_shape(name, assignment.shape, predictions_name, predictions.shape[:-1], "(..., N)")
     validate_same_device(predictions_name, predictions, **{name: assignment})
+    validate_partners(name, assignment, num_partners)
 
 
 def validate_teacher_positive(teacher_positive: Tensor, teacher_logits: Tensor) -> None:
@@ -92,6 +96,7 @@ def invert_assignment(assignment: Tensor, num_columns: int) -> Tensor:
         (..., T) int64: the row of each column, -1 = none.
 
     Raises:
+        ValueError: If an entry is no column, where it can be read without waiting for a device.
         TypeError: If `assignment` is not int64.
 
     Examples:
@@ -100,6 +105,8 @@ def invert_assignment(assignment: Tensor, num_columns: int) -> Tensor:
     """
     validate_dtype("assignment", assignment, torch.int64)
     validate_ndim("assignment", assignment, 1, "(..., N)")
+    validate_type("num_columns", num_columns, (int, torch.SymInt), "a whole number")
+    validate_partners("assignment", assignment, num_columns)
     rows = torch.arange(assignment.shape[-1], device=assignment.device).expand(assignment.shape)
     # Unassigned rows write to a slot of their own, which is cut off.
     slots = torch.where(assignment < 0, num_columns, assignment)

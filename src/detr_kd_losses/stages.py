@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detr_kd_losses._validation import validate_choice, validate_ndim, validate_positive, validate_tensor
+from detr_kd_losses._validation import validate_choice, validate_count, validate_ndim, validate_tensor
 
 __all__ = ["StageMap", "select_stages"]
 
@@ -44,7 +44,7 @@ def select_stages(teacher: Tensor, num_student_stages: int, *, stage_map: StageM
     """
     validate_tensor("teacher", teacher)
     validate_ndim("teacher", teacher, 1, "(L, ...)")
-    validate_positive("num_student_stages", num_student_stages)
+    validate_count("num_student_stages", num_student_stages)
     depth = teacher.shape[0]
     if depth == 0:
         msg = f"`teacher` must have at least one stage in dimension 0, got shape {tuple(teacher.shape)}"

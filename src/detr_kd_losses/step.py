@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detr_kd_losses._options import WEIGHTS, OptionModule, Rules, one_of
+from detr_kd_losses._labels import labels_fit, nan_unless
+from detr_kd_losses._options import OptionModule, Rules, one_of
 from detr_kd_losses._precision import full_precision
-from detr_kd_losses._validation import validate_in_unit_interval, validate_not_negative
 from detr_kd_losses.assignment import validate_backend
-from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of
+from detr_kd_losses.costs import COST_RULES
+from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of, num_classes_of
 from detr_kd_losses.matching import match_targets
 from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, validate_step, with_stages
 from detr_kd_losses.pairs import gather_partners
@@ -19,13 +20,7 @@ from detr_kd_losses.pairs import gather_partners
 __all__ = ["Step", "TargetMatching"]
 
 Levels = Tensor | Sequence[Tensor]
-_RULES: Rules = {
-    "class_cost": one_of(None, "focal", "softmax"),
-    **WEIGHTS,
-    "alpha": validate_in_unit_interval,
-    "gamma": validate_not_negative,
-    "backend": validate_backend,
-}
+_RULES: Rules = {**COST_RULES, "class_cost": one_of(None, "focal", "softmax"), "backend": validate_backend}
 
 
 class TargetMatching(OptionModule):
@@ -115,6 +110,8 @@ class Step:
         self.targets = targets
         validate_step(self.student, self.teacher, targets)
         self.heads = Heads() if heads is None else heads
+        num_classes = num_classes_of(self.student.logits, self.heads.student)
+        self._labels_fit = labels_fit(targets.labels, targets.mask, num_classes)
         self._teacher_matching = TargetMatching() if teacher_matching is None else teacher_matching
         self._student_matching = TargetMatching() if student_matching is None else student_matching
         self._teacher_logits: Tensor | None = None
@@ -137,7 +134,7 @@ class Step:
             known = self.heads.known_classes(self.teacher.logits, self.student.logits)
             targets = self.targets
             if known is not None:
-                labels = targets.labels.where(targets.mask, 0)
+                labels = targets.labels.where(targets.mask, 0).clamp(0, len(known) - 1)
                 targets = targets._replace(mask=targets.mask & known[labels])
             self._known_targets = targets
         return self._known_targets
@@ -175,6 +172,10 @@ class Step:
         """What of the teacher's (L_T, B, M, ...) belongs to the queries of the student's group."""
         index = self.student.group_index
         return teacher if index is None else gather_partners(teacher, index.expand(len(teacher), -1, -1))
+
+    def or_nan(self, loss: Tensor) -> Tensor:
+        """`loss`; NaN where a target has a label that is no class, and nobody could look without stalling a GPU."""
+        return nan_unless(self._labels_fit, loss)
 
     def zero(self, *fields: str) -> Tensor:
         """A scalar 0 on the student's device, with a graph to its logits, its boxes and the `fields` that it gives."""

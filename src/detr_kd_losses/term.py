@@ -75,4 +75,4 @@ class Term(OptionModule):
         if set(losses) != set(self.parts):
             msg = f"`{type(self).__name__}.compute` must return the `parts` {tuple(self.parts)}, got {tuple(losses)}"
             raise ValueError(msg)
-        return {f"{self.prefix}{part}": self.weight * loss for part, loss in losses.items()}
+        return {f"{self.prefix}{part}": self.weight * step.or_nan(loss) for part, loss in losses.items()}

@@ -246,7 +246,7 @@ def without(output, field):
         ),
         (
             lambda s, t, g: (s, t, g._replace(labels=g.labels[:1], boxes=g.boxes[:1], mask=g.mask[:1])),
-            r"`target_labels` must have the batch dimensions of `logits`",
+            r"`target_labels` must have the batch dimensions of `student.logits` \(2,\), got \(1,\)",
         ),
         (
             lambda s, t, g: (s._replace(features=s.features[:1]), t, g),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detr_kd_losses._labels import labels_fit, nan_unless
 from detr_kd_losses._options import WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import shared_precision
 from detr_kd_losses._reduction import masked_sum, replica_means, sum_last
@@ -80,7 +81,7 @@ def detection_loss(
         ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If shapes, devices or options do not fit, or (on a CPU) a label is no class.
         TypeError: If a dtype does not fit.
 
     Examples:
@@ -95,14 +96,26 @@ def detection_loss(
         Zhu et al., "Deformable DETR", ICLR 2021, arXiv:2010.04159.
     """
     validate_supervision("", logits, boxes, target_labels, target_boxes, target_mask, "assignment", assignment)
-    validate_options(RULES, class_loss=class_loss)
+    validate_options(
+        RULES,
+        class_loss=class_loss,
+        alpha=alpha,
+        gamma=gamma,
+        no_object_weight=no_object_weight,
+        weight_class=weight_class,
+        weight_bbox=weight_bbox,
+        weight_giou=weight_giou,
+        sync_normalizer=sync_normalizer,
+    )
     logits, boxes, target_boxes = shared_precision(logits, boxes, target_boxes)
 
     stages_and_batch = assignment.shape[:-1]
-    labels = target_labels.expand(*stages_and_batch, -1)
+    num_classes = logits.shape[-1] - (class_loss == "cross_entropy")
+    fit = labels_fit(target_labels, target_mask, num_classes)
     target_boxes = target_boxes.detach().expand(*stages_and_batch, -1, -1)
-    matched = assignment >= 0
-    labels = gather_partners(labels, assignment)
+    # What the mask excludes is no target, whatever the assignment says.
+    matched = (assignment >= 0) & gather_partners(target_mask.expand(*stages_and_batch, -1), assignment)
+    labels = gather_partners(target_labels.expand(*stages_and_batch, -1), assignment)
     num_targets = target_mask.sum().to(logits.dtype)
 
     if class_loss == "focal":
@@ -122,7 +135,7 @@ def detection_loss(
         boxes.where(box_mask, 0.0), gather_partners(target_boxes, assignment).where(box_mask, 0.0)
     )
     return {
-        "loss_class": weight_class * loss_class.sum(),
+        "loss_class": weight_class * nan_unless(fit, loss_class.sum()),
         "loss_bbox": weight_bbox * (masked_sum(distance, matched, 2) / num_targets).sum(),
         "loss_giou": weight_giou * (masked_sum(overlap, matched, 2) / num_targets).sum(),
     }
@@ -157,7 +170,7 @@ def validate_supervision(
             f"got {tuple(target_labels.shape)}"
         )
         raise ValueError(msg)
-    validate_assignment(assignment_name, assignment, name, logits)
+    validate_assignment(assignment_name, assignment, name, logits, target_labels.shape[-1])
 
 
 def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -169,7 +182,8 @@ def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tens
 
 def _cross_entropy(logits: Tensor, labels: Tensor, matched: Tensor, weight: Tensor) -> Tensor:
     """Cross-entropy of each query (..., N) times its `weight`; the label of a query without target is "no object"."""
-    labels = torch.where(matched, labels, logits.shape[-1] - 1)
+    no_object = logits.shape[-1] - 1
+    labels = torch.where(matched, labels.clamp(0, max(no_object - 1, 0)), no_object)
     return -weight * logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

@@ -126,9 +126,19 @@ def hungarian_distillation_loss(
     """
     validate_both_predictions(student_logits, student_boxes, teacher_logits, teacher_boxes, leading="(L, B)")
     validate_batched("student_logits", student_logits)
-    validate_assignment("assignment", assignment, "student_logits", student_logits)
+    validate_assignment("assignment", assignment, "student_logits", student_logits, teacher_logits.shape[-2])
     heads = Heads(student_activation, teacher_activation, class_map)
-    validate_options(RULES, class_loss=class_loss, temperature=temperature)
+    validate_options(
+        RULES,
+        class_loss=class_loss,
+        temperature=temperature,
+        weight_class=weight_class,
+        weight_bbox=weight_bbox,
+        weight_giou=weight_giou,
+        weight_negative=weight_negative,
+        weight_negative_class=weight_negative_class,
+        sync_normalizer=sync_normalizer,
+    )
     validate_class_loss(class_loss, heads)
     student_logits, student_boxes, teacher_logits, teacher_boxes = shared_precision(
         student_logits, student_boxes, teacher_logits, teacher_boxes

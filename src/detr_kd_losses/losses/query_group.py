@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def teacher_assigned_query_loss(
         ``{"loss_class", "loss_bbox", "loss_giou"}``, scalars, already weighted: the loss is their sum.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If shapes, devices or options do not fit, or (on a CPU) a label is no class.
         TypeError: If a dtype does not fit.
 
     Examples:
@@ -142,12 +143,16 @@ def query_group_attention_mask(group_sizes: Sequence[int], *, device: torch.devi
 
     Raises:
         ValueError: If a size is negative.
+        TypeError: If it is no whole number.
 
     Examples:
         >>> query_group_attention_mask([1, 2]).int().tolist()
         [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
     """
-    sizes = [int(size) for size in group_sizes]
+    sizes = list(group_sizes)
+    if not all(isinstance(size, int | np.integer) for size in sizes):
+        msg = f"`group_sizes` must be whole numbers, at least 0, got {sizes}"
+        raise TypeError(msg)
     if any(size < 0 for size in sizes):
         msg = f"`group_sizes` must not be negative, got {sizes}"
         raise ValueError(msg)

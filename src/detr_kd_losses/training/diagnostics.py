@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._reduction import masked_sum, sum_last
-from detr_kd_losses._validation import validate_dtype, validate_floating, validate_ndim, validate_same_shape
+from detr_kd_losses._validation import (
+    validate_boxes,
+    validate_dtype,
+    validate_floating,
+    validate_ndim,
+    validate_same_shape,
+)
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, paired_box_iou
 from detr_kd_losses.pairs import gather_partners, validate_assignment
 
@@ -105,9 +111,9 @@ def matched_iou(student_boxes: Tensor, partner_boxes: Tensor, assignment: Tensor
         >>> matched_iou(boxes, boxes, torch.tensor([[0, -1]])).round(decimals=4)
         tensor(1.)
     """
-    validate_floating("student_boxes", student_boxes)
-    validate_floating("partner_boxes", partner_boxes)
-    validate_assignment("assignment", assignment, "student_boxes", student_boxes)
+    validate_boxes("student_boxes", student_boxes)
+    validate_boxes("partner_boxes", partner_boxes)
+    validate_assignment("assignment", assignment, "student_boxes", student_boxes, partner_boxes.shape[-2])
     partners = partner_boxes.detach().expand(*assignment.shape[:-1], *partner_boxes.shape[-2:])
     partners = gather_partners(partners, assignment)
     iou = paired_box_iou(box_cxcywh_to_xyxy(student_boxes.detach()), box_cxcywh_to_xyxy(partners))

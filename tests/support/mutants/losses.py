@@ -242,7 +242,7 @@ MUTANTS = [
     ),
     *faults(
         detection._cross_entropy,
-        ("no-object class first", "logits.shape[-1] - 1", "0", cross_entropy_value),
+        ("no-object class first", "no_object = logits.shape[-1] - 1", "no_object = 0", cross_entropy_value),
     ),
     *faults(
         boxes._overlap,

@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from detr_kd_losses._labels import labels_fit, nan_unless
 from detr_kd_losses._options import Rules, validate_options
 from detr_kd_losses._precision import shared_precision
 from detr_kd_losses._validation import (
     validate_choice,
+    validate_count,
     validate_in_unit_interval,
-    validate_positive,
     validate_predictions,
     validate_targets_shape,
 )
@@ -25,7 +26,7 @@ __all__ = ["VARIANTS", "Variant", "query_quality"]
 Variant = Literal["paper", "official"]
 
 VARIANTS = ("paper", "official")
-QUALITY_RULES: Rules = {"gamma": validate_in_unit_interval, "topk": validate_positive}
+QUALITY_RULES: Rules = {"gamma": validate_in_unit_interval, "topk": validate_count}
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def query_quality(
         (..., M), at least 0. Has no gradient.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit.
+        ValueError: If shapes, devices or options do not fit, or (on a CPU) a label is no class.
         TypeError: If a dtype does not fit.
 
     Examples:
@@ -86,7 +87,9 @@ def query_quality(
         like=teacher_logits,
         like_name="teacher_logits",
     )
-    validate_assignment("teacher_assignment", teacher_assignment, "teacher_logits", teacher_logits)
+    validate_assignment(
+        "teacher_assignment", teacher_assignment, "teacher_logits", teacher_logits, target_labels.shape[-1]
+    )
     validate_options(QUALITY_RULES, gamma=gamma, topk=topk)
     validate_choice("activation", activation, ACTIVATIONS)
     validate_choice("variant", variant, VARIANTS)
@@ -94,16 +97,19 @@ def query_quality(
     scores = log_scores(logits, activation).log_p.exp()
     if activation == "softmax":
         scores = scores[..., :-1]
+    fit = labels_fit(target_labels, target_mask, scores.shape[-1])
     batch = logits.shape[:-2]
     iou = box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes.expand(*batch, -1, -1)))
     mask = target_mask.expand(*batch, -1)
     if variant == "official":
-        return _top_scores(scores, topk) * _best_iou(iou, mask)
-    matched = teacher_assignment >= 0
+        return nan_unless(fit, _top_scores(scores, topk) * _best_iou(iou, mask))
+    # What the mask excludes is no target, whatever the assignment says.
+    matched = (teacher_assignment >= 0) & gather_partners(mask, teacher_assignment)
     labels = gather_partners(target_labels.expand(*batch, -1), teacher_assignment).where(matched, 0)
+    labels = labels.clamp(0, scores.shape[-1] - 1)
     score = scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     matched_iou = gather_partners(iou, teacher_assignment.unsqueeze(-1)).squeeze(-1)
-    return torch.where(matched, score**gamma * matched_iou ** (1 - gamma), 0.0)
+    return nan_unless(fit, torch.where(matched, score**gamma * matched_iou ** (1 - gamma), 0.0))
 
 
 def _top_scores(scores: Tensor, topk: int) -> Tensor:
