@@ -25,6 +25,9 @@ from detr_kd_losses.heads import Activation, ClassCost, ClassMap, Heads
 
 __all__ = ["detection_cost", "distillation_cost"]
 
+# A logit beyond all that a cost could tell apart, far from overflow.
+_LARGE = 1e30
+
 COST_RULES: Rules = {
     "class_cost": one_of("focal", "softmax"),
     **WEIGHTS,
@@ -204,6 +207,8 @@ def distillation_costs(
     heads.validate()
     scores = heads.teacher_log_scores(teacher_logits, logits).log_p.exp()
     logits = heads.forget_unknown_classes(logits, teacher_logits)
+    # A product with a score of 0 must stay 0.
+    logits = logits.clamp(-_LARGE, _LARGE)
     with full_precision_matmul(logits):
         if student_activation == "softmax":
             likelihood = logits.log_softmax(-1) @ scores.mT

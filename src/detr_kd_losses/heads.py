@@ -70,7 +70,7 @@ def map_class_logits(
         merged = merged.index_add(-1, index, logits.softmax(-1))
         return merged.clamp(min=torch.finfo(merged.dtype).tiny).log()
     merged = logits.new_full((*logits.shape[:-1], num_classes + 1), _UNKNOWN)
-    return merged.scatter_reduce(-1, index.expand(logits.shape), logits, "amax")[..., :-1]
+    return merged.scatter_reduce(-1, index.expand(logits.shape), logits, "amax", include_self=False)[..., :-1]
 
 
 def _class_index(class_map: ClassMap, teacher_classes: int, num_classes: int, *, device: torch.device) -> Tensor:
@@ -208,6 +208,10 @@ class Heads(NamedTuple):
         known = self.known_classes(teacher_logits, student_logits)
         if known is None:
             return student_logits
-        if self.student == "softmax":
-            known = torch.cat((known, known.new_ones(1)))
-        return torch.where(known, student_logits, _UNKNOWN)
+        if self.student == "sigmoid":
+            return torch.where(known, student_logits, _UNKNOWN)
+        known = torch.cat((known, known.new_ones(1)))
+        student_logits = full_precision(student_logits)
+        # Far below all others, however low these are: in a softmax the least one may be lower than any constant.
+        least = student_logits.detach().where(known, torch.inf).amin(-1, keepdim=True).clamp(max=0)
+        return torch.where(known, student_logits, least + _UNKNOWN)

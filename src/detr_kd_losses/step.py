@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,13 +11,13 @@ from detr_kd_losses._precision import full_precision
 from detr_kd_losses.assignment import validate_backend
 from detr_kd_losses.costs import COST_RULES
 from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of, num_classes_of
+from detr_kd_losses.losses.features.projection import Levels, as_levels, resized_mask
 from detr_kd_losses.matching import match_targets
 from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, validate_step, with_stages
 from detr_kd_losses.pairs import gather_partners
 
 __all__ = ["Step", "TargetMatching"]
 
-Levels = Tensor | Sequence[Tensor]
 _RULES: Rules = {**COST_RULES, "class_cost": one_of(None, "focal", "softmax"), "backend": validate_backend}
 
 
@@ -155,8 +153,8 @@ class Step:
             self._student_assignment = self._student_matching(student, self.targets, self.heads.student)
         return self._student_assignment
 
-    def features(self) -> tuple[Levels, Levels, Levels | None]:
-        """The features of student and teacher, which must be given together, and the padding mask of either."""
+    def features(self) -> tuple[Levels, Levels, Levels | None, Levels | None]:
+        """Features of student and teacher, which must be given together, and the padding masks of either's sizes."""
         student, teacher = self.student, self.teacher
         if student.features is None or teacher.features is None:
             missing, given = ("student", "teacher") if student.features is None else ("teacher", "student")
@@ -165,8 +163,9 @@ class Step:
                 "(or set the weight of the feature term to 0), got None"
             )
             raise ValueError(msg)
-        mask = student.padding_mask if teacher.padding_mask is None else teacher.padding_mask
-        return student.features, teacher.features, mask
+        own = teacher.padding_mask if student.padding_mask is None else student.padding_mask
+        mask = own if teacher.padding_mask is None else teacher.padding_mask
+        return student.features, teacher.features, own, None if mask is None else _of_size(mask, teacher.features)
 
     def of_group(self, teacher: Tensor) -> Tensor:
         """What of the teacher's (L_T, B, M, ...) belongs to the queries of the student's group."""
@@ -184,3 +183,10 @@ class Step:
             value = getattr(self.student, field)
             said += [value] if isinstance(value, Tensor) else [] if value is None else value
         return torch.stack([full_precision(tensor[..., :0]).sum() for tensor in said]).sum()
+
+
+def _of_size(masks: Levels, features: Levels) -> list[Tensor]:
+    """Masks of one model at the size of the features (B, D, H, W) of the other."""
+    each, levels = as_levels(masks), as_levels(features)
+    fit = len(each) == len(levels) and all(mask.ndim == 3 for mask in each)
+    return [resized_mask(mask, level.shape[-2:]) for mask, level in zip(each, levels, strict=True)] if fit else each

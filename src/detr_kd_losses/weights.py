@@ -175,7 +175,9 @@ def localization_weight(
         arXiv:2410.13842.
     """
     validate_predictions("teacher_", teacher_logits, teacher_boxes)
-    validate_assignment("teacher_assignment", teacher_assignment, "teacher_logits", teacher_logits)
+    validate_assignment(
+        "teacher_assignment", teacher_assignment, "teacher_logits", teacher_logits, target_boxes.shape[-2]
+    )
     _validate_target_boxes(target_boxes, "teacher_boxes", teacher_boxes)
     confidence = confidence_weight(teacher_logits, activation=activation)
     boxes, target_boxes, confidence = shared_precision(teacher_boxes, target_boxes, confidence)

@@ -46,8 +46,18 @@ def test_is_frozen_and_in_evaluation_mode(teacher: nn.Module) -> None:
         lambda holder, _: holder.double().float(),
         lambda holder, _: holder.apply(lambda module: module.train()),
         lambda _, teacher: teacher.train(),
+        lambda _, teacher: teacher[1].train(),
+        lambda _, teacher: [part.train() for part in list(teacher.modules())[1:]],
     ],
-    ids=["holder.train", "holder.requires_grad_", "holder.double", "holder.apply", "teacher.train"],
+    ids=[
+        "holder.train",
+        "holder.requires_grad_",
+        "holder.double",
+        "holder.apply",
+        "teacher.train",
+        "batch norm.train",
+        "parts.train",
+    ],
 )
 def test_stays_as_it_is(teacher: nn.Module, disturb: Any) -> None:
     holder, inputs = Holder(teacher), torch.randn(16, 4)

@@ -119,3 +119,18 @@ def test_check_targets_metadata(changes, error, match):
     arguments = [changes.get(i, lambda x: x)(tensor) for i, tensor in enumerate(good_targets())]
     with pytest.raises(error, match=match):
         check_targets(*arguments, num_classes=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_check_targets_forgives_rounding(dtype):
+    """A box over the whole image, resized and divided in float32, is 1.0000001 wide; a hundredth more is a mistake."""
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    labels, boxes, mask = good_targets()
+    boxes = boxes.to(dtype)
+    for box in ([0.5, 0.5, 1 + 2 * eps, 1 + 2 * eps], [-2 * eps, 0.5, 0.2, 0.2]):
+        boxes[0, 1] = torch.tensor(box, dtype=dtype)
+        check_targets(labels, boxes, mask, num_classes=4)
+    for box in ([0.5, 0.5, 1.01 + 8 * eps, 1.0], [-0.01 - 8 * eps, 0.5, 0.2, 0.2]):
+        boxes[0, 1] = torch.tensor(box, dtype=dtype)
+        with pytest.raises(ValueError, match=r"cxcywh in \[0, 1\]"):
+            check_targets(labels, boxes, mask, num_classes=4)

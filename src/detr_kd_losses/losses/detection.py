@@ -177,14 +177,16 @@ def _focal(logits: Tensor, is_class: Tensor, alpha: float, gamma: float) -> Tens
     """Sigmoid focal loss of each channel, from log-probabilities alone."""
     signed = torch.where(is_class, logits, -logits)
     weight = torch.full_like(logits, 1 - alpha).masked_fill(is_class, alpha)
-    return -weight * (gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)
+    focus = (gamma * F.logsigmoid(-signed)).exp() if gamma else 1.0  # 0 times the logarithm of 0 is 0
+    return -weight * focus * F.logsigmoid(signed)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, matched: Tensor, weight: Tensor) -> Tensor:
     """Cross-entropy of each query (..., N) times its `weight`; the label of a query without target is "no object"."""
     no_object = logits.shape[-1] - 1
     labels = torch.where(matched, labels.clamp(0, max(no_object - 1, 0)), no_object)
-    return -weight * logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    surprise = -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return torch.where(weight == 0, 0.0, weight * surprise)
 
 
 class DetectionLoss(OptionModule):

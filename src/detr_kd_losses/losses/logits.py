@@ -213,7 +213,9 @@ def _class_divergence(student: LogScores, teacher: LogScores, class_loss: ClassL
 
 def _relative_entropy(log_q: Tensor, log_p: Tensor, class_loss: ClassLoss) -> Tensor:
     """`p (log p - log q)`, 0 exactly where both are equal, or `-p log q`, its part with a gradient."""
-    return log_p.exp() * ((log_p if class_loss == "kl" else 0.0) - log_q)
+    p = log_p.exp()
+    # What the teacher is certain of, 0 log 0, is 0.
+    return torch.where(p == 0, 0.0, p * ((log_p if class_loss == "kl" else 0.0) - log_q))
 
 
 class HungarianDistillationLoss(OptionModule):

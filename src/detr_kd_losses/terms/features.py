@@ -10,7 +10,9 @@ from detr_kd_losses._options import Rules
 from detr_kd_losses._validation import validate_same_shape
 from detr_kd_losses.losses.features.loss import RULES, target_aware_feature_loss
 from detr_kd_losses.losses.features.mask import Normalize, resolve_normalize
-from detr_kd_losses.losses.features.projection import FeatureProjection
+from detr_kd_losses.losses.features.projection import (
+    FeatureProjection,
+)
 from detr_kd_losses.losses.features.quality import QUALITY_RULES, Variant, query_quality
 from detr_kd_losses.pairs import gather_partners, invert_assignment
 from detr_kd_losses.step import Step
@@ -81,7 +83,7 @@ class FeatureTerm(Term):
 
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Weigh cells by the queries of all teacher layers, and compare the features."""
-        students, teachers, mask = step.features()
+        students, teachers, own, mask = step.features()
         teacher, assignment = step.teacher, step.teacher_assignment
         if teacher.queries is None:
             msg = (
@@ -109,7 +111,7 @@ class FeatureTerm(Term):
             queries = gather_partners(queries, query)
             quality = gather_partners(quality, query).where(query >= 0, 0.0)
         loss = target_aware_feature_loss(
-            self.projections(students, teachers),
+            self.projections(students, teachers, own),
             teachers,
             queries,
             quality,

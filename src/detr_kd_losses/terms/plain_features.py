@@ -76,13 +76,13 @@ class PlainFeatureTerm(Term):
 
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Compare the features."""
-        students, teachers, mask = step.features()
+        students, teachers, own, mask = step.features()
         weight = None
         if self.cells == "boxes":
             boxes, valid = step.targets.boxes, step.targets.mask
             weight = [box_mask(boxes, valid, level.shape[-2:]) for level in as_levels(teachers)]
         loss = feature_distillation_loss(
-            self.projections(students, teachers),
+            self.projections(students, teachers, own),
             teachers,
             weight=weight,
             padding_mask=mask,

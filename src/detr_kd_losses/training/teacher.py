@@ -56,7 +56,7 @@ class FrozenTeacher:
             *args: Arguments of the teacher.
             **kwargs: Keyword arguments of the teacher. It moves to the device of the first tensor among all arguments.
         """
-        if self.module.training:  # train() was called on the module itself
+        if any(part.training for part in self.module.modules()):  # train() was called on it, or on a part of it
             self.module.eval()
         device, current = _device((args, kwargs)), _device(list(self.module.parameters()))
         if device is not None and current is not None and device != current:

@@ -68,7 +68,7 @@ def check_targets(target_labels: Tensor, target_boxes: Tensor, target_mask: Tens
 
     Args:
         target_labels: (..., T) int64.
-        target_boxes: (..., T, 4), cxcywh in [0, 1].
+        target_boxes: (..., T, 4), cxcywh in [0, 1], but for a rounding of 8 eps of their dtype, at least of float32.
         target_mask: (..., T) bool, True = a target.
         num_classes: C, the number of classes without "no object".
 
@@ -91,6 +91,8 @@ def check_targets(target_labels: Tensor, target_boxes: Tensor, target_mask: Tens
         like_name="target_labels",
     )
     size = target_boxes[..., 2:]
+    # A box over the whole image, resized and divided in float32, is a few units of rounding larger.
+    rounding = 8 * max(torch.finfo(dtype).eps for dtype in (target_boxes.dtype, torch.float32))
     rules = (
         (
             "target_labels",
@@ -104,7 +106,7 @@ def check_targets(target_labels: Tensor, target_boxes: Tensor, target_mask: Tens
             "target_boxes",
             target_boxes,
             "be cxcywh in [0, 1]",
-            ((target_boxes < 0) | (target_boxes > 1)).any(-1),
+            ((target_boxes < -rounding) | (target_boxes > 1 + rounding)).any(-1),
         ),
     )
     for name, tensor, rule, broken in rules:

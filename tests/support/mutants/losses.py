@@ -232,7 +232,12 @@ MUTANTS = [
     ),
     *faults(
         detection._focal,
-        ("focal loss without its focus", "(gamma * F.logsigmoid(-signed)).exp()", "1", detection_value),
+        (
+            "focal loss without its focus",
+            "(gamma * F.logsigmoid(-signed)).exp() if gamma",
+            "1.0 if gamma",
+            detection_value,
+        ),
         (
             "focal balance exchanged",
             "1 - alpha).masked_fill(is_class, alpha)",

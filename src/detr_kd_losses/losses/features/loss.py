@@ -153,7 +153,7 @@ class TargetAwareFeatureLoss(OptionModule):
         padding_mask: Levels | None = None,
     ) -> Tensor:
         """See :func:`target_aware_feature_loss`; the student's channels and size may differ."""
-        students = self.projections(student_features, teacher_features)
+        students = self.projections(student_features, teacher_features, padding_mask)
         return target_aware_feature_loss(
             students, teacher_features, teacher_queries, quality, padding_mask=padding_mask, **self.call_options
         )

@@ -219,7 +219,7 @@ class FeatureDistillationLoss(OptionModule):
         padding_mask: Levels | None = None,
     ) -> Tensor:
         """See :func:`feature_distillation_loss`; the student's channels and size may differ."""
-        students = self.projections(student_features, teacher_features)
+        students = self.projections(student_features, teacher_features, padding_mask)
         return feature_distillation_loss(
             students, teacher_features, weight=weight, padding_mask=padding_mask, **self.call_options
         )
