@@ -46,7 +46,8 @@ from detr_kd_losses.training.diagnostics import (
     mean_quality,
     positives_per_image,
 )
-from detr_kd_losses.training.offline import Geometry, OfflineTeacher, save_predictions
+from detr_kd_losses.training.geometry import Geometry
+from detr_kd_losses.training.offline import OfflineTeacher, save_predictions
 from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_finite, check_targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -120,11 +121,12 @@ def pad_targets(targets: Iterable[Mapping[str, Tensor]]) -> Targets:
             them) and ``"boxes"`` (T_i, 4) cxcywh in [0, 1].
 
     Returns:
-        :class:`Targets` with T = max T_i.
+        :class:`Targets` with T = max T_i, boxes in the widest of their dtypes.
 
     Raises:
-        ValueError: If there is no image, labels are missing, or labels and boxes of an image differ in number.
-        TypeError: If a dtype does not fit.
+        ValueError: If there is no image, labels are missing, labels and boxes of an image differ in number, or images
+            are on different devices.
+        TypeError: If an image is no mapping, or a dtype does not fit.
 
     Examples:
         >>> images = [{"labels": torch.tensor([3]), "boxes": torch.rand(1, 4)},
@@ -134,6 +136,9 @@ def pad_targets(targets: Iterable[Mapping[str, Tensor]]) -> Targets:
     """
     labels, boxes = [], []
     for index, image in enumerate(targets):
+        if not isinstance(image, Mapping):
+            msg = f"`targets[{index}]` must be a mapping with 'labels' and 'boxes', got {type(image).__name__}"
+            raise TypeError(msg)
         key = next((name for name in ("labels", "class_labels") if name in image), None)
         if key is None or "boxes" not in image:
             msg = f"`targets[{index}]` must have 'labels' (or 'class_labels') and 'boxes', got {sorted(image)}"
@@ -143,11 +148,16 @@ def pad_targets(targets: Iterable[Mapping[str, Tensor]]) -> Targets:
         validate_same_shape(f"targets[{index}][{key!r}]", image[key].shape, "boxes", image["boxes"].shape[:-1], "(T,)")
         labels.append(image[key])
         boxes.append(image["boxes"])
+        for field, tensor in ((key, labels[-1]), ("boxes", boxes[-1])):
+            validate_same_device("targets[0]['boxes']", boxes[0], **{f"targets[{index}][{field!r}]": tensor})
     if not labels:
         msg = "`targets` must have at least one image, got none"
         raise ValueError(msg)
     pad = nn.utils.rnn.pad_sequence
     valid = [torch.ones_like(image, dtype=torch.bool) for image in labels]
+    # One image may be in another precision, an empty one for instance: the widest counts, not the first.
+    dtype = reduce(torch.promote_types, (image.dtype for image in boxes))
+    boxes = [image.to(dtype) for image in boxes]
     return Targets(pad(labels, batch_first=True), pad(boxes, batch_first=True), pad(valid, batch_first=True))
 
 

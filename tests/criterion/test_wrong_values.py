@@ -169,6 +169,19 @@ def test_what_the_mask_excludes_is_no_target(class_loss):
     torch.testing.assert_close(*quality, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_no_term_teaches_a_class_that_the_teacher_does_not_know(activation):
+    """Neither the logits nor the query group learn that an object of it is background."""
+    student, teacher, targets = make_step(
+        activation=activation, counts=[2, 2], requires_grad=True, teacher_options={"classes": 2}
+    )
+    loss = criterion(activation, dkl.LogitsTerm(), dkl.QueryGroupTerm(), class_map=[0, 2])
+    sum(loss(student, teacher, targets).values()).backward()
+    for logits in (student.logits, student.group.logits):
+        assert not logits.grad[..., 1].any()
+        assert logits.grad[..., 0].any()
+
+
 # Boxes and options
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
-from detr_kd_losses.training.offline import Geometry, OfflineTeacher, save_predictions
+from detr_kd_losses.training.geometry import Geometry
+from detr_kd_losses.training.offline import OfflineTeacher, save_predictions
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 LAYERS, BATCH, QUERIES, CLASSES, CHANNELS = 3, 2, 6, 4, 8
@@ -237,3 +238,158 @@ class TestErrors:
     def test_unknown_activation(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="`activation` must be one of 'sigmoid', 'softmax', got 'relu'"):
             OfflineTeacher(tmp_path, activation="relu")
+
+    @pytest.mark.parametrize("left", [0, 10, 0.5, 0.99])
+    def test_damaged_file(self, tmp_path: Path, left: float) -> None:
+        path = save_predictions(tmp_path, [139, 285], outputs())[1]
+        data = path.read_bytes()
+        path.write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
+        with pytest.raises(ValueError, match=r"image 285 cannot be read: .*285\.pt is damaged .* save_predictions"):
+            OfflineTeacher(tmp_path)([139, 285])
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"logits": torch.zeros(1)}, "must have format 1, got no format: save them again"),
+            ([1, 2], "must have format 1, got no format"),
+            ({"format": 2}, "must have format 1, got format 2"),
+            ({"format": 1, "logits": torch.zeros(1)}, r"lack \['geometry', 'activation', 'boxes'"),
+        ],
+    )
+    def test_other_format(self, tmp_path: Path, content: object, message: str) -> None:
+        torch.save(content, tmp_path / "5.pt")
+        with pytest.raises(ValueError, match=f"predictions for image 5 in .*5.pt {message}"):
+            OfflineTeacher(tmp_path)([5])
+
+    def test_a_job_that_is_killed_leaves_the_file_as_it_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_predictions(tmp_path, [0, 1], outputs())
+
+        def half(content: object, path: Path) -> None:
+            path.write_bytes(b"half of a file")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            save_predictions(tmp_path, [0, 1], outputs(1))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
+        assert_close(OfflineTeacher(tmp_path)([0, 1]).logits, outputs().logits)
+
+    def test_another_head(self, tmp_path: Path) -> None:
+        save_predictions(tmp_path, [0, 1], outputs(), activation="softmax")
+        assert OfflineTeacher(tmp_path)([0, 1]).logits.shape[-1] == CLASSES
+        with pytest.raises(
+            ValueError, match=r"image 0 .* must be of a sigmoid head, got softmax: set activation='soft"
+        ):
+            OfflineTeacher(tmp_path, activation="sigmoid")([0, 1])
+
+    def test_the_head_that_the_files_say_is_used(self, tmp_path: Path) -> None:
+        """The last channel of a softmax head is no confidence."""
+        output = at([0.2, 0.5, 0.1, 0.1], [0.8, 0.5, 0.1, 0.1])
+        logits = torch.tensor([[[[0.0, 0.0, 9.0], [5.0, 0.0, 0.0]]]])
+        for name in (0, 1):
+            save_predictions(tmp_path, [name], output._replace(logits=logits), activation="softmax")
+        views = [Geometry(), Geometry().crop(0.5, 0, 1, 1)]
+        assert_close(OfflineTeacher(tmp_path)([0, 1], views).logits[:, 0], logits[:, 0, 1:])
+
+    @pytest.mark.parametrize(
+        ("activation", "classes"), [("sigmoid", CLASSES), ("softmax", CLASSES - 1), (None, CLASSES)]
+    )
+    def test_number_of_classes(self, tmp_path: Path, activation: Any, classes: int) -> None:
+        save_predictions(tmp_path, [0, 1], outputs(), activation=activation)
+        OfflineTeacher(tmp_path, num_classes=classes)([0, 1])
+        with pytest.raises(ValueError, match=rf"image 0 .* must have 91 classes, got {classes}"):
+            OfflineTeacher(tmp_path, num_classes=91)([0, 1])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda o: o._replace(queries=None), r"image 'b' must have the `queries` .* of image 'a' .* got None"),
+            (lambda o: o._replace(queries=o.queries[..., :5]), r"image 'b' must have the `queries`"),
+            (lambda o: o._replace(logits=o.logits[..., :3]), r"image 'b' .* `logits` .* \(3, 4\), got \(3, 3\)"),
+            (lambda o: o._replace(logits=o.logits[:2], boxes=o.boxes[:2]), r"image 'b' must have the `logits`"),
+            (lambda o: o._replace(features=o.features[:1], padding_mask=None), r"image 'b' must have the `features`"),
+        ],
+    )
+    def test_predictions_of_another_teacher(self, tmp_path: Path, change: Any, message: str) -> None:
+        first, second = outputs(), change(outputs(1))
+
+        def one(output: dkl.DetectorOutput) -> dkl.DetectorOutput:
+            fields = (None if x is None else [y[:1] for y in x] if isinstance(x, list) else x[:, :1] for x in output)
+            return dkl.DetectorOutput(*fields)
+
+        save_predictions(tmp_path, ["a"], one(first), features=True)
+        save_predictions(tmp_path, ["b"], one(second), features=True)
+        for names in (["a", "b"], ["a", "a", "b"]):
+            with pytest.raises(ValueError, match=message):
+                OfflineTeacher(tmp_path, features=True)(names)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"image_ids": [7, "7"]}, ValueError, r"`image_ids` must be different, .* \['7'\] more than once"),
+            ({"dtype": torch.int8}, TypeError, "`dtype` must be floating, got torch.int8"),
+            ({"activation": "relu"}, ValueError, "`activation` must be one of 'sigmoid', 'softmax', got 'relu'"),
+            ({"output": {"logits": 1}}, TypeError, "`output` must be a DetectorOutput, got dict"),
+            (
+                {"output": outputs()._replace(features=torch.rand(3, 8, 2, 2)), "features": True},
+                ValueError,
+                r"`output.features` and `output.logits` must have the same dimensions \(B,\), got \(3,\) and \(2,\)",
+            ),
+        ],
+    )
+    def test_what_cannot_be_saved(self, tmp_path: Path, options: Any, error: type, message: str) -> None:
+        with pytest.raises(error, match=message):
+            save_predictions(**{"folder": tmp_path, "image_ids": [0, 1], "output": outputs(), **options})
+
+
+class TestMixedBatches:
+    """Neither the first nor the worst image decides for the others."""
+
+    def save(self, folder: Path, name: str, seed: int, **options: Any) -> dkl.DetectorOutput:
+        whole = outputs(seed)
+        output = dkl.DetectorOutput(whole.logits[:, :1], whole.boxes[:, :1], whole.queries[:, :1], **options)
+        save_predictions(folder, [name], output, features="features" in options)
+        return output
+
+    def test_maps_of_other_sizes_are_padded(self, tmp_path: Path) -> None:
+        wide, high = torch.rand(1, CHANNELS, 2, 5), torch.rand(1, CHANNELS, 4, 3)
+        inside = torch.rand(1, 4, 3) > 0.5
+        self.save(tmp_path, "wide", 0, features=wide)
+        self.save(tmp_path, "high", 1, features=high, padding_mask=inside)
+        for names in (["wide", "high"], ["high", "wide"]):
+            loaded = OfflineTeacher(tmp_path, features=True)(names)
+            (features,), (mask,) = loaded.features, loaded.padding_mask
+            a, b = names.index("wide"), names.index("high")
+            assert features.shape == (2, CHANNELS, 4, 5)
+            assert_close(features[a, :, :2], wide[0], rtol=0, atol=0)
+            assert_close(features[b, :, :, :3], high[0], rtol=0, atol=0)
+            assert mask[a].tolist() == [[True] * 5] * 2 + [[False] * 5] * 2
+            assert_close(mask[b, :, :3], inside[0])
+            assert not mask[b, :, 3:].any()
+
+    @pytest.mark.parametrize("names", [["a", "b"], ["b", "a"]])
+    def test_a_mask_of_one_image(self, tmp_path: Path, names: list[str]) -> None:
+        features, inside = torch.rand(1, CHANNELS, 4, 3), torch.rand(1, 4, 3) > 0.5
+        self.save(tmp_path, "a", 0, features=features)
+        self.save(tmp_path, "b", 1, features=features, padding_mask=inside)
+        (mask,) = OfflineTeacher(tmp_path, features=True)(names).padding_mask
+        assert mask[names.index("a")].all()
+        assert_close(mask[names.index("b")], inside[0])
+
+    @pytest.mark.parametrize("names", [["a", "b"], ["b", "a"]])
+    def test_the_widest_dtype(self, tmp_path: Path, names: list[str]) -> None:
+        whole = outputs()
+        for name, dtype in (("a", torch.float16), ("b", None)):
+            output = dkl.DetectorOutput(whole.logits[:, :1], whole.boxes[:, :1], features=whole.features[0][:1])
+            save_predictions(tmp_path, [name], output, dtype=dtype, features=True)
+        loaded = OfflineTeacher(tmp_path, features=True)(names)
+        assert loaded.logits.dtype == loaded.features[0].dtype == torch.float32
+        assert_close(loaded.logits[:, names.index("b")], whole.logits[:, 0], rtol=0, atol=0)
+
+    def test_numbers_beyond_the_dtype_stay_finite(self, tmp_path: Path) -> None:
+        """A logit of -1e9, as masks of classes write it, would be infinite in half precision."""
+        output = at([0.5, 0.5, 0.1, 0.1], [0.6, 0.5, 0.1, 0.1], score=[-1e9, float("-inf")])
+        save_predictions(tmp_path, [0], output, dtype=torch.float16)
+        assert OfflineTeacher(tmp_path)([0]).logits.flatten().tolist() == [-65504.0, float("-inf")]

@@ -114,3 +114,43 @@ class TestPadTargets:
     def test_errors(self, images, error, message):
         with pytest.raises(error, match=message):
             dkl.pad_targets(images)
+
+    @pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32"), ("float16", "bfloat16")])
+    def test_boxes_have_the_widest_dtype(self, dtypes):
+        """That of the first image would round the others."""
+        boxes = [torch.full((1, 4), 1 / 3, dtype=getattr(torch, dtype)) for dtype in dtypes]
+        targets = dkl.pad_targets([{"labels": torch.tensor([1]), "boxes": box} for box in boxes])
+        assert targets.boxes.dtype == torch.promote_types(boxes[0].dtype, boxes[1].dtype)
+        for index, box in enumerate(boxes):
+            assert_close(targets.boxes[index], box.to(targets.boxes.dtype), rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"labels": torch.empty(1, dtype=torch.int64, device="meta")},
+                ValueError,
+                r"`targets\[2\]\['labels'\]` must be on",
+            ),
+            (
+                {"boxes": torch.empty(1, 4, device="meta")},
+                ValueError,
+                r"`targets\[2\]\['boxes'\]` must be on the device of",
+            ),
+            (
+                {"boxes": torch.ones(1, 4).int()},
+                TypeError,
+                r"`targets\[2\]\['boxes'\]` must have a floating-point dtype",
+            ),
+            ({"boxes": None}, TypeError, r"`targets\[2\]\['boxes'\]` must be a torch.Tensor, got NoneType"),
+            (None, TypeError, r"`targets\[2\]` must be a mapping with 'labels' and 'boxes', got NoneType"),
+        ],
+    )
+    def test_one_image_that_differs_is_named(self, change, error, message):
+        good = {"labels": torch.tensor([1]), "boxes": torch.rand(1, 4)}
+        with pytest.raises(error, match=message):
+            dkl.pad_targets([good, good, change and {**good, **change}, good])
+
+    def test_the_dict_of_one_image_is_no_batch(self):
+        with pytest.raises(TypeError, match=r"`targets\[0\]` must be a mapping with 'labels' and 'boxes', got str"):
+            dkl.pad_targets({"labels": torch.tensor([1]), "boxes": torch.rand(1, 4)})

@@ -103,6 +103,8 @@ class QueryGroupTerm(Term):
             )
             raise ValueError(msg)
         logits, boxes = step.student.group
+        # As in the term of logits: a class that the teacher does not know is nothing that its queries could teach.
+        logits = step.heads.forget_unknown_classes(logits, step.teacher.logits)
         options = {name: self.call_options[name] for name in RULES}
         if self.class_loss is None:
             options["class_loss"] = class_loss_of(step.heads.student)

@@ -9,88 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from detr_kd_losses._validation import validate_boxes, validate_choice
+from detr_kd_losses._validation import (
+    validate_choice,
+    validate_count,
+    validate_predictions,
+    validate_record,
+    validate_same_shape,
+)
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from detr_kd_losses.heads import ACTIVATIONS, Activation
+from detr_kd_losses.heads import ACTIVATIONS, Activation, num_classes_of
 from detr_kd_losses.outputs import DetectorOutput
+from detr_kd_losses.training import _batches, _files
+from detr_kd_losses.training.geometry import Geometry
 
 __all__ = ["Geometry", "OfflineTeacher", "save_predictions"]
-
-
-class Geometry(NamedTuple):
-    """Where a point of an image is in a view of it: ``scale * point + shift`` on each axis, in fractions of either.
-
-    Start with ``Geometry()``, the image itself, and apply what is done to it, in its order. Resizing changes no
-    fraction, so it needs no entry.
-
-    Attributes:
-        scale_x: Negative where the image is flipped left to right.
-        scale_y: Negative where the image is flipped top to bottom.
-        shift_x: Fraction of the view.
-        shift_y: Fraction of the view.
-
-    Examples:
-        Crop the left half, then mirror it:
-
-        >>> view = Geometry().crop(0, 0, 0.5, 1).flip()
-        >>> view.move(torch.tensor([[0.125, 0.5, 0.25, 0.5]])).tolist()
-        [[0.75, 0.5, 0.5, 0.5]]
-    """
-
-    scale_x: float = 1.0
-    scale_y: float = 1.0
-    shift_x: float = 0.0
-    shift_y: float = 0.0
-
-    def flip(self) -> Geometry:
-        """Mirror left and right."""
-        return self._replace(scale_x=-self.scale_x, shift_x=1 - self.shift_x)
-
-    def flip_vertically(self) -> Geometry:
-        """Mirror top and bottom."""
-        return self._replace(scale_y=-self.scale_y, shift_y=1 - self.shift_y)
-
-    def crop(self, left: float, top: float, right: float, bottom: float) -> Geometry:
-        """Cut out a part, given in fractions of the present view; beyond [0, 1] it pads.
-
-        An image of 480 x 640 pixels padded at its right and bottom to 512 x 640: ``crop(0, 0, 640 / 640, 512 / 480)``.
-
-        Raises:
-            ValueError: If the part has no area.
-        """
-        width, height = right - left, bottom - top
-        if not (width > 0 and height > 0):
-            msg = f"the part must have left < right and top < bottom, got {(left, top, right, bottom)}"
-            raise ValueError(msg)
-        return Geometry(
-            self.scale_x / width,
-            self.scale_y / height,
-            (self.shift_x - left) / width,
-            (self.shift_y - top) / height,
-        )
-
-    def seen_from(self, other: Geometry) -> Geometry:
-        """This view of an image, as a view of another view of it."""
-        scale_x, scale_y = self.scale_x / other.scale_x, self.scale_y / other.scale_y
-        return Geometry(
-            scale_x, scale_y, self.shift_x - scale_x * other.shift_x, self.shift_y - scale_y * other.shift_y
-        )
-
-    def move(self, boxes: Tensor) -> Tensor:
-        """Move boxes (..., N, 4), cxcywh in [0, 1] of the image, into the view; they may leave it."""
-        validate_boxes("boxes", boxes)
-        scale = boxes.new_tensor([self.scale_x, self.scale_y])
-        shift = boxes.new_tensor([self.shift_x, self.shift_y])
-        return torch.cat((boxes[..., :2] * scale + shift, boxes[..., 2:] * scale.abs()), dim=-1)
-
-    def is_identity(self) -> bool:
-        """Whether the view is the whole image, as it is."""
-        return all(abs(a - b) < 1e-6 for a, b in zip(self, Geometry(), strict=True))
 
 
 def save_predictions(
@@ -101,6 +38,7 @@ def save_predictions(
     geometries: Sequence[Geometry] | None = None,
     features: bool = False,
     dtype: torch.dtype | None = None,
+    activation: Activation | None = None,
 ) -> list[Path]:
     """Save what a teacher says about a batch, one file for each image.
 
@@ -111,13 +49,15 @@ def save_predictions(
         geometries: B views of the images in which the teacher has seen them. None: whole and unpadded.
         features: Whether to save features, which need far more space and serve only images that are not augmented.
         dtype: Dtype of logits, queries and features in the files, such as `torch.float16`. None: as they are. Boxes
-            keep theirs.
+            keep theirs. A number beyond the range of `dtype` becomes its last one.
+        activation: Head of the teacher, which the files then say to whoever loads them. None: they do not say it.
 
     Returns:
         The files, in the order of `image_ids`.
 
     Raises:
-        ValueError: If the numbers of images differ, or features are asked for and not there.
+        ValueError: If the numbers of images differ, an image comes twice, or features are asked for and not there.
+        TypeError: If `output` is no :class:`DetectorOutput`, or `dtype` is not floating.
 
     Examples:
         >>> import tempfile
@@ -127,30 +67,59 @@ def save_predictions(
         ['139.pt', '285.pt']
     """
     views = [Geometry()] * len(image_ids) if geometries is None else list(geometries)
-    if not output.logits.shape[-3] == len(image_ids) == len(views):
-        msg = (
-            "`image_ids` and `geometries` must have one entry for each of the "
-            f"{output.logits.shape[-3]} images of `output`, got {len(image_ids)} and {len(views)}"
-        )
-        raise ValueError(msg)
-    if features and output.features is None:
-        msg = "`output` must have features to save them, got None"
-        raise ValueError(msg)
+    _validate_saved(image_ids, output, views, features=features, dtype=dtype, activation=activation)
     levels = _levels(output.features) if features else None
     masks = _levels(output.padding_mask) if features else None
     paths = [_path(folder, image_id) for image_id in image_ids]
     for index, (path, view) in enumerate(zip(paths, views, strict=True)):
         content: dict[str, Any] = {
             "geometry": tuple(view),
+            "activation": activation,
             "logits": _stored(output.logits[..., index, :, :], dtype),
             "boxes": _stored(output.boxes[..., index, :, :], None),
             "queries": None if output.queries is None else _stored(output.queries[..., index, :, :], dtype),
             "features": None if levels is None else [_stored(level[index], dtype) for level in levels],
             "padding_mask": None if masks is None else [_stored(mask[index], None) for mask in masks],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
+        _files.write(path, content)
     return paths
+
+
+def _validate_saved(
+    image_ids: Sequence[int | str],
+    output: DetectorOutput,
+    views: Sequence[Geometry],
+    *,
+    features: bool,
+    dtype: torch.dtype | None,
+    activation: Activation | None,
+) -> None:
+    """Raise unless every image has its own predictions and its own file."""
+    validate_record("output", output, DetectorOutput, "DetectorOutput(logits, boxes)")
+    validate_predictions("output.", output.logits, output.boxes)
+    if activation is not None:
+        validate_choice("activation", activation, ACTIVATIONS)
+    if dtype is not None and not dtype.is_floating_point:
+        msg = f"`dtype` must be floating, got {dtype}"
+        raise TypeError(msg)
+    number = output.logits.shape[-3]
+    if not number == len(image_ids) == len(views):
+        msg = (
+            "`image_ids` and `geometries` must have one entry for each of the "
+            f"{number} images of `output`, got {len(image_ids)} and {len(views)}"
+        )
+        raise ValueError(msg)
+    names = [str(image_id) for image_id in image_ids]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        msg = f"`image_ids` must be different, for each names a file, got {twice} more than once"
+        raise ValueError(msg)
+    if features and output.features is None:
+        msg = "`output` must have features to save them, got None"
+        raise ValueError(msg)
+    for name in ("features", "padding_mask") if features else ():
+        for level in _levels(getattr(output, name)) or []:
+            validate_same_shape(f"output.{name}", level.shape[:1], "output.logits", (number,), "(B,)")
 
 
 class OfflineTeacher:
@@ -163,8 +132,10 @@ class OfflineTeacher:
     Args:
         folder: The folder of the predictions.
         activation: Head of the teacher, which says how confident it is: ``"sigmoid"``, or ``"softmax"`` with "no
-            object" as its last channel.
-        features: Whether to load the features.
+            object" as its last channel. None: what the files say, or else ``"sigmoid"``.
+        features: Whether to load the features. Where images have maps of different sizes, all get the largest, and a
+            padding mask.
+        num_classes: Number of classes that the predictions must have, without "no object". None: any.
 
     Examples:
         >>> import tempfile
@@ -176,11 +147,22 @@ class OfflineTeacher:
         [0.75, 0.25]
     """
 
-    def __init__(self, folder: str | Path, *, activation: Activation = "sigmoid", features: bool = False) -> None:
-        validate_choice("activation", activation, ACTIVATIONS)
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        activation: Activation | None = None,
+        features: bool = False,
+        num_classes: int | None = None,
+    ) -> None:
+        if activation is not None:
+            validate_choice("activation", activation, ACTIVATIONS)
+        if num_classes is not None:
+            validate_count("num_classes", num_classes)
         self.folder = Path(folder)
         self.activation = activation
         self.features = features
+        self.num_classes = num_classes
 
     def __call__(self, image_ids: Sequence[int | str], geometries: Sequence[Geometry] | None = None) -> DetectorOutput:
         """Load the predictions for a batch, as if the teacher had seen the student's views.
@@ -194,35 +176,37 @@ class OfflineTeacher:
 
         Raises:
             FileNotFoundError: If an image has no predictions.
-            ValueError: If the numbers differ, or features are wanted that are not there or cannot be moved.
+            ValueError: If the numbers differ, a file cannot be read or is of another head, number of classes or format,
+                images do not go together, or features are wanted that are not there or cannot be moved.
         """
         views = [Geometry()] * len(image_ids) if geometries is None else list(geometries)
         if len(views) != len(image_ids) or not views:
             msg = f"`geometries` must have one entry for each image, at least 1, got {len(views)} and {len(image_ids)}"
             raise ValueError(msg)
         images = [self._load(image_id, view) for image_id, view in zip(image_ids, views, strict=True)]
+        _batches.validate_batch(image_ids, images)
         kept = min(int(image["inside"].sum()) for image in images)
         for image in images:
             if kept < len(image["inside"]):
-                confidence = _confidence(image["logits"], self.activation).masked_fill(~image["inside"], -torch.inf)
+                confidence = _confidence(image["logits"], image["activation"] or "sigmoid").masked_fill(
+                    ~image["inside"], -torch.inf
+                )
                 best = confidence.topk(kept).indices
                 for name in ("logits", "boxes", "queries"):
                     image[name] = None if image[name] is None else image[name][..., best, :]
         return DetectorOutput(
-            logits=_stack(images, "logits"),
-            boxes=_stack(images, "boxes"),
-            queries=_stack(images, "queries") if images[0]["queries"] is not None else None,
-            features=_stack_levels(images, "features") if self.features else None,
-            padding_mask=_stack_levels(images, "padding_mask") if self.features else None,
+            logits=_batches.stack(images, "logits"),
+            boxes=_batches.stack(images, "boxes"),
+            queries=None if images[0]["queries"] is None else _batches.stack(images, "queries"),
+            features=_batches.stack_features(images) if self.features else None,
+            padding_mask=_batches.stack_masks(images) if self.features else None,
         )
 
     def _load(self, image_id: int | str, view: Geometry) -> dict[str, Any]:
         """Predictions for one image, their boxes in the student's view."""
         path = _path(self.folder, image_id)
-        if not path.exists():
-            msg = f"there are no predictions for image {image_id!r} in {self.folder}: make them with save_predictions"
-            raise FileNotFoundError(msg)
-        content: dict[str, Any] = torch.load(path, weights_only=True)
+        content = _files.read(path, image_id)
+        self._validate_metadata(path, image_id, content)
         change = view.seen_from(Geometry(*content.pop("geometry")))
         if self.features and content["features"] is None:
             msg = f"the predictions for image {image_id!r} have no features: save them with features=True"
@@ -240,6 +224,24 @@ class OfflineTeacher:
             content["inside"] = _is_inside(boxes)
             content["boxes"] = box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes).clamp(0, 1))
         return content
+
+    def _validate_metadata(self, path: Path, image_id: int | str, content: dict[str, Any]) -> None:
+        """Raise if the file says that it is of another teacher; what it does not say is taken from the options."""
+        said = content["activation"]
+        content["activation"] = self.activation if said is None else said
+        if self.activation not in (None, content["activation"]):
+            msg = (
+                f"the predictions for image {image_id!r} in {path} must be of a {self.activation} head, got {said}: "
+                f"set activation={said!r}"
+            )
+            raise ValueError(msg)
+        classes = num_classes_of(content["logits"], content["activation"] or "sigmoid")
+        if self.num_classes not in (None, classes):
+            msg = (
+                f"the predictions for image {image_id!r} in {path} must have {self.num_classes} classes, "
+                f"got {classes}: they are of another teacher"
+            )
+            raise ValueError(msg)
 
 
 def _is_inside(boxes: Tensor) -> Tensor:
@@ -266,15 +268,9 @@ def _levels(levels: Tensor | Sequence[Tensor] | None) -> list[Tensor] | None:
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of its own, so that no file holds the batch."""
-    return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-
-
-def _stack(images: list[dict[str, Any]], name: str) -> Tensor:
-    return torch.stack([image[name] for image in images], dim=-3)
-
-
-def _stack_levels(images: list[dict[str, Any]], name: str) -> list[Tensor] | None:
-    if images[0][name] is None:
-        return None
-    return [torch.stack(level) for level in zip(*(image[name] for image in images), strict=True)]
+    """A copy of its own, so that no file holds the batch; what is finite stays finite."""
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point():
+        limit = torch.finfo(dtype).max
+        tensor = tensor.clamp(-limit, limit).where(tensor.isfinite(), tensor)
+    return tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
