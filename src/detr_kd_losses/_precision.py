@@ -25,6 +25,9 @@ def shared_precision(*tensors: Tensor) -> list[Tensor]:
 
 def full_precision_matmul(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which matrix products on the device of `tensor` keep the precision of their inputs."""
-    if not torch.amp.is_autocast_available(tensor.device.type):
+    device = tensor.device.type
+    # Compilers before PyTorch 2.12 cannot trace the question.
+    available = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    if not available:
         return nullcontext()
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    return torch.autocast(device_type=device, enabled=False)

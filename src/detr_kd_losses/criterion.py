@@ -173,7 +173,7 @@ def _by_name(terms: Preset | Iterable[Term] | Mapping[str, Term]) -> dict[str, T
 
 def _validate_names(names: list[str]) -> None:
     """Raise unless all losses have different names: one would replace the other."""
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for index, name in enumerate(names) if name in names[:index]]  # PyTorch 2.6 cannot trace list.count
     if twice:
-        msg = f"`terms` must have different names, got {twice} twice: give one of them another `prefix`"
+        msg = f"`terms` must have different names, got {sorted(set(twice))} twice: give one of them another `prefix`"
         raise ValueError(msg)

@@ -7,6 +7,7 @@ student may have different heads and, with a class map, different classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -128,7 +129,8 @@ def class_loss_of(activation: Activation) -> DetectionClassLoss:
     return "cross_entropy" if activation == "softmax" else "focal"
 
 
-class Heads(NamedTuple):
+@dataclass(frozen=True)  # no named tuple: the compiler of PyTorch 2.6 cannot trace their properties
+class Heads:
     """The heads of a student and of its teacher, and how the teacher's classes go to the student's.
 
     Attributes:

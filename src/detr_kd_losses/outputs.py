@@ -173,9 +173,9 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
     if output.logits.ndim == 3:
         queries = None if output.queries is None else output.queries.unsqueeze(0)
         group = None if output.group is None else Predictions(*(tensor.unsqueeze(0) for tensor in output.group))
-        output = output._replace(
-            logits=output.logits.unsqueeze(0), boxes=output.boxes.unsqueeze(0), queries=queries, group=group
-        )
+        logits, boxes = output.logits.unsqueeze(0), output.boxes.unsqueeze(0)
+        # In full: the compiler of PyTorch 2.6 cannot trace `_replace`.
+        output = DetectorOutput(logits, boxes, queries, output.features, output.padding_mask, group)
     if output.logits.ndim != 4:
         msg = f"`{name}.logits` must have shape (L, B, N, C) or (B, N, C), got {tuple(output.logits.shape)}"
         raise ValueError(msg)

@@ -130,11 +130,11 @@ class Step:
         """The targets of classes that the teacher knows: the others have no part in what it teaches."""
         if self._known_targets is None:
             known = self.heads.known_classes(self.teacher.logits, self.student.logits)
-            targets = self.targets
+            labels, boxes, mask = self.targets
             if known is not None:
-                labels = targets.labels.where(targets.mask, 0).clamp(0, len(known) - 1)
-                targets = targets._replace(mask=targets.mask & known[labels])
-            self._known_targets = targets
+                known_labels = known[labels.where(mask, 0).clamp(0, len(known) - 1)]
+                mask = mask & known_labels
+            self._known_targets = Targets(labels, boxes, mask)  # the compiler of PyTorch 2.6 cannot trace `_replace`
         return self._known_targets
 
     @property

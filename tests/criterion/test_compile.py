@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 
-from support.steps import leaves, make_output, make_targets
+from support.steps import leaves, make_output, make_targets, over_tensors
 
 # The compiler itself instantiates every autograd.Function that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
@@ -60,7 +60,80 @@ def test_no_graph_break_whatever_the_shapes(terms):
         assert_close(values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
+def make_inputs():
+    return make_output(0, 3, 7, group=9, requires_grad=True), make_output(1, 6, 9), make_targets()
+
+
+@pytest.mark.parametrize("name", ["logits", "feature", "query_group"])
+def test_a_weight_of_0_and_back(name):
+    criterion, inputs = dkl.DETRDistillationLoss(), make_inputs()
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    for weight in (0.0, 2.0, 0.0):
+        criterion.terms[name].weight = weight
+        assert_close(compiled(*inputs), criterion(*inputs))
+
+
+def test_a_weight_that_changes_in_every_step():
+    """As schedules do, and more often than a compiler compiles anew."""
+    criterion, inputs = dkl.DETRDistillationLoss(), make_inputs()
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    for step in range(20):
+        for term in criterion.terms.values():
+            term.weight = 0.1 * step + 0.05
+        assert_close(values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_map": [4, 0, -1, 3, 3]},
+        {"teacher_activation": "softmax", "class_map": [0, -1, 3, 3]},
+        {"student_activation": "softmax", "class_map": [2, 0, -1, 3, 3]},
+    ],
+    ids=str,
+)
+def test_other_classes_and_heads(options):
+    student, teacher, targets = make_inputs()
+    inputs = student, teacher, targets._replace(labels=targets.labels.clamp(max=3))
+    criterion = dkl.DETRDistillationLoss(**options)
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    assert_close(values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs))
+
+
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_padding_in_features_of_other_channels(variant):
+    student, teacher, targets = make_inputs()
+    padding = [torch.rand(2, *features.shape[-2:]) < 0.7 for features in teacher.features]
+    student = student._replace(
+        features=[torch.randn(2, 6, *features.shape[-2:], requires_grad=True) for features in teacher.features]
+    )
+    criterion = dkl.DETRDistillationLoss([dkl.FeatureTerm([6, 6], [8, 8], variant=variant)])
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    inputs = student, teacher._replace(padding_mask=padding), targets
+    results = []
+    for function in (compiled, criterion):
+        losses = function(*inputs)
+        wrt = [*student.features, *criterion.parameters()]
+        results.append((losses, torch.autograd.grad(sum(losses.values()), wrt)))
+    assert_close(*results)
+
+
+def test_one_layer_without_its_dimension():
+    def last(output):
+        output = over_tensors(torch.detach, output)
+        group = None if output.group is None else dkl.Predictions(*(tensor[-1] for tensor in output.group))
+        return output._replace(
+            logits=output.logits[-1], boxes=output.boxes[-1], queries=output.queries[-1], group=group
+        )
+
+    student, teacher, targets = make_inputs()
+    criterion = dkl.DETRDistillationLoss()
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    assert_close(compiled(last(student), last(teacher), targets), criterion(last(student), last(teacher), targets))
+
+
+# Inductor's own, the second in PyTorch 2.6.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:Skipping serialization:UserWarning")
 def test_inductor_equals_eager():
     criterion = dkl.DETRDistillationLoss("paper")
     compiled = torch.compile(criterion, fullgraph=True)

@@ -57,6 +57,7 @@ class LossPart(nn.Module):
         return sum(terms.values()) + dkl.target_aware_feature_loss(features, *teacher, quality)
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")  # PyTorch 2.6's own
 def test_export():
     student, teacher, _ = make_step()
     predictions = (student.logits, student.boxes, teacher.logits, teacher.boxes)
