@@ -5,26 +5,32 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from detr_kd_losses.assignment._triton import TritonBackend
+from detr_kd_losses import _gpu, linear_sum_assignment, select_backend
+from detr_kd_losses.assignment._triton import _MIN_TRITON, TritonBackend
 
 from support import oracles
 from support.scratch_races import find_races
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-needs_cuda = pytest.mark.skipif(
-    find_spec("triton") is None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"
-)
+needs_triton = pytest.mark.skipif(_gpu.triton_version() is None, reason="Triton is not installed")
+# What the kernel is written in; without it the package leaves the problems to another backend.
+TOO_OLD = (_gpu.triton_version() or (0, 0)) < _MIN_TRITON
+needs_cuda = pytest.mark.skipif(TOO_OLD or not torch.cuda.is_available(), reason="needs Triton 3.3 and a CUDA device")
 
 
 @pytest.fixture
-def solve(interpreter):
+def kernel_runs():
+    if TOO_OLD:
+        pytest.skip("needs Triton 3.3, whose language has tl.gather")
+
+
+@pytest.fixture
+def solve(kernel_runs, interpreter):
     def solve(cost, row_mask=None, column_mask=None, backend=None):
         """Assignment of a batch of problems, checked in every problem."""
         cost = torch.as_tensor(cost)
@@ -181,7 +187,7 @@ def test_a_masked_entry_does_not_matter(solve):
 
 
 @pytest.mark.parametrize("steps_per_column", [0, 1, 32])
-def test_no_address_is_handed_over_without_a_barrier(steps_per_column, interpreter):
+def test_no_address_is_handed_over_without_a_barrier(steps_per_column, kernel_runs, interpreter):
     backend = TritonBackend(steps_per_column=steps_per_column)
     square = detection_like_cost(3, 24, 24)
     square[1] = polluted(square[1], 0.3)
@@ -199,9 +205,9 @@ def test_the_package_does_not_import_triton():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split() == [b"False"]
 
 
-@needs_triton
 def test_reasons(monkeypatch):
     backend = TritonBackend()
+    monkeypatch.setattr(_gpu, "triton_version", lambda: (3, 3))
     cpu = "it runs on CUDA (or in Triton's interpreter), and the cost is on cpu"
     size = "it takes at most 2048 rows and columns"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -217,13 +223,60 @@ def test_reasons(monkeypatch):
 
 
 def test_the_reason_without_triton(monkeypatch):
-    monkeypatch.setattr("detr_kd_losses._gpu.find_spec", lambda _: None)
+    monkeypatch.setattr(_gpu, "triton_version", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert TritonBackend().unsupported_reasons(torch.zeros(1, 3, 3)) == ["Triton is not installed: pip install triton"]
+    assert TritonBackend().unsupported_reasons(torch.zeros(1, 3, 3)) == [
+        "Triton is not installed: PyTorch for CUDA brings the one that fits it"
+    ]
+
+
+def test_a_triton_that_is_too_old_is_not_chosen(monkeypatch):
+    """That of PyTorch 2.6 has no `tl.gather`: "auto" must leave the problem to the CPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=(1, 3, 3))
+    monkeypatch.setattr(_gpu, "triton_version", lambda: (3, 2))
+    reason = "it needs Triton 3.3 or newer, got 3.2: a newer PyTorch brings one"
+    assert TritonBackend().unsupported_reasons(on_gpu) == [reason]
+    assert select_backend(on_gpu) in ("lapx", "scipy")
+    with pytest.raises(RuntimeError, match=reason):
+        linear_sum_assignment(torch.zeros(1, 3, 3), backend="triton")
+    monkeypatch.setattr(_gpu, "triton_version", lambda: (3, 10))
+    assert select_backend(on_gpu) == "triton"
+
+
+@needs_triton
+def test_the_version_of_triton_is_read_without_importing_it():
+    code = """if True:
+        import sys, detr_kd_losses._gpu as gpu
+        print(gpu.triton_version(), "triton" in sys.modules)
+        import triton
+        print(tuple(map(int, triton.__version__.split(".")[:2])))
+    """
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    read, imported = printed.splitlines()
+    assert read == f"{imported} False"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [('__version__ = "3.3.1"\n', (3, 3)), ("x = 1\n__version__ = '10.20.0+git'\n", (10, 20)), ("", (999, 0))],
+)
+def test_the_version_as_it_may_be_written(text, version, monkeypatch, tmp_path):
+    file = tmp_path / "__init__.py"
+    file.write_text(text)
+    monkeypatch.setattr(_gpu, "find_spec", lambda _: SimpleNamespace(origin=str(file)))
+    assert _gpu.triton_version.__wrapped__() == version
+
+
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of that name"])
+def test_no_version(spec, monkeypatch):
+    monkeypatch.setattr(_gpu, "find_spec", lambda _: spec)
+    assert _gpu.triton_version.__wrapped__() is None
 
 
 @pytest.fixture
-def kernel(compiler):
+def kernel(kernel_runs, compiler):
     """The kernel, which is compiled and not launched."""
     from detr_kd_losses.assignment._forest import solve_problem
 

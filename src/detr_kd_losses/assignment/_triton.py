@@ -11,6 +11,7 @@ __all__: list[str] = []
 
 _MAX_SIZE = 2048
 _MIN_CAPABILITY = (7, 0)
+_MIN_TRITON = (3, 3)  # tl.gather
 # Columns that a block holds: rows relaxed per step, and warps. More rows mean fewer steps. Of so few warps each has
 # columns of its own, and a minimum over rows needs no exchange between threads; no register is spilled.
 _LAUNCH = {64: (32, 1), 128: (32, 1), 256: (32, 2), 512: (32, 4), 1024: (32, 8), 2048: (16, 8)}
@@ -34,8 +35,8 @@ class TritonBackend:
         self.steps_per_column = steps_per_column
 
     def unsupported_reasons(self, cost: Tensor) -> list[str]:
-        """Triton missing, no CUDA device (or interpreter), or a problem that is too large."""
-        reasons = why_no_triton("cost", cost, capability=_MIN_CAPABILITY)
+        """Triton missing or too old, no CUDA device (or interpreter), or a problem that is too large."""
+        reasons = why_no_triton("cost", cost, capability=_MIN_CAPABILITY, version=_MIN_TRITON)
         if max(cost.shape[-2:]) > _MAX_SIZE:
             reasons.append(f"it takes at most {_MAX_SIZE} rows and columns")
         return reasons
