@@ -62,9 +62,10 @@ def test_every_public_name_is_documented_with_an_example(name):
 
 
 def test_import_is_light():
-    heavy = {"triton", "matplotlib", "hypothesis", "transformers", "lap", "pytest"}
+    """A tenth of a second after torch; SciPy's solver alone would take four."""
+    heavy = {"scipy", "triton", "matplotlib", "hypothesis", "transformers", "lap", "pytest", "torch._dynamo"}
     code = f"""if True:
-        import sys, torch, scipy.optimize
+        import sys, torch
         before = set(sys.modules)
         import detr_kd_losses
         print({heavy} & (set(sys.modules) - before))
@@ -87,6 +88,11 @@ def test_a_step_loads_no_compiler():
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.split() == [b"False"]
 
 
-def test_every_module_declares_what_is_public():
-    for module in pkgutil.walk_packages(dkl.__path__, "detr_kd_losses."):
-        assert importlib.import_module(module.name).__doc__, module.name
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.walk_packages(dkl.__path__, "detr_kd_losses.")])
+def test_every_module_can_be_imported_and_says_what_it_is(name):
+    try:
+        assert importlib.import_module(name).__doc__
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        pytest.skip("Triton is not installed")
