@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Many small operations: a second thread per process would only wait for the first.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lanes lint docs bench clean
 
 help:
 	@echo "make demo   distil a small detector, print a table, draw toy_distillation.png"
 	@echo "make test   run all tests"
+	@echo "make lanes  run the core tests on the lowest, the pinned and the newest versions: gigabytes"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make docs   run the code in the Markdown pages and check their links"
 	@echo "make bench  measure matching and losses on this machine"
@@ -25,6 +26,9 @@ demo: $(VENV)/.installed-examples
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lanes:
+	tests/lanes.sh
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
