@@ -143,11 +143,7 @@ def hungarian_distillation_loss(
     student_logits, student_boxes, teacher_logits, teacher_boxes = shared_precision(
         student_logits, student_boxes, teacher_logits, teacher_boxes
     )
-    weight = None
-    if teacher_weight is not None:
-        validate_teacher_weight(teacher_weight, teacher_logits)
-        weight = weight_of_partners(teacher_weight.detach().to(teacher_logits.dtype), assignment)
-        assignment = assignment.where(weight != 0, -1)
+    weight, assignment = _weigh_pairs(teacher_weight, teacher_logits, assignment)
     positive, negative = _split_pairs(assignment, teacher_positive, teacher_logits)
 
     # Unmatched queries are blanked before anything is computed, so that nothing in them reaches a gradient.
@@ -156,11 +152,9 @@ def hungarian_distillation_loss(
     teacher_logits = gather_partners(teacher_logits.detach(), assignment).where(matched, 0.0)
     teacher_boxes = gather_partners(teacher_boxes.detach(), assignment).where(matched, 0.0)
 
-    teacher = heads.teacher_log_scores(teacher_logits / temperature, student_logits)
-    student_logits = heads.forget_unknown_classes(student_logits / temperature, teacher_logits)
-    divergence = _class_divergence(log_scores(student_logits, student_activation), teacher, class_loss)
+    student, teacher = _log_scores(student_logits / temperature, teacher_logits / temperature, heads)
+    divergence = _class_divergence(student, teacher, class_loss)
     distance, overlap = box_terms(student_boxes, teacher_boxes)
-
     pairs = torch.stack((positive, negative))
     counts = _count_pairs(pairs, divergence.dtype, weight, sync=sync_normalizer)
 
@@ -185,6 +179,17 @@ def validate_class_loss(class_loss: ClassLoss, heads: Heads) -> None:
         raise ValueError(msg)
 
 
+def _weigh_pairs(
+    teacher_weight: Tensor | None, teacher_logits: Tensor, assignment: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The weight of each pair (..., N), None: all the same, and the pairs that have one."""
+    if teacher_weight is None:
+        return None, assignment
+    validate_teacher_weight(teacher_weight, teacher_logits)
+    weight = weight_of_partners(teacher_weight.detach().to(teacher_logits.dtype), assignment)
+    return weight, assignment.where(weight != 0, -1)
+
+
 def _split_pairs(assignment: Tensor, teacher_positive: Tensor | None, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Which student queries (..., N) have a positive and which a negative partner."""
     matched = assignment >= 0
@@ -201,6 +206,12 @@ def _count_pairs(pairs: Tensor, dtype: torch.dtype, weight: Tensor | None, *, sy
         (counts,) = replica_means(sum_last(pairs.to(dtype), 2), sync=sync)
         return counts
     return replica_weight(masked_sum(weight, pairs, 2), sync=sync)
+
+
+def _log_scores(student_logits: Tensor, teacher_logits: Tensor, heads: Heads) -> tuple[LogScores, LogScores]:
+    """What student (..., N, C) and teacher (..., N, C') say in the student's head, of classes that both know."""
+    teacher = heads.teacher_log_scores(teacher_logits, student_logits)
+    return log_scores(heads.forget_unknown_classes(student_logits, teacher_logits), heads.student), teacher
 
 
 def _class_divergence(student: LogScores, teacher: LogScores, class_loss: ClassLoss) -> Tensor:
