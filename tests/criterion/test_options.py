@@ -38,7 +38,7 @@ ANOTHER = {loss.term: loss.other_options for loss in LOSSES.values() if not isin
         "class_map": [1, 0, 2, 3, 4],
     },
     dkl.TargetMatching: {
-        "class_cost": "softmax",
+        "class_cost": ("focal", {"teacher_activation": "softmax"}),
         "weight_class": 30.0,
         "weight_bbox": 0.0,
         "weight_giou": 30.0,

@@ -112,7 +112,6 @@ MUTANTS = [
         ("maximum over layers", "reshape(2, -1).sum(-1)", "reshape(2, -1).amax(-1)", distillation("stages_add")),
         ("normaliser of each replica", "sync=sync_normalizer", "sync=False", distillation("replicas")),
         ("weights are only summed", "else weight * term", "else term", weighted_value),
-        ("no weight, but a part", "weight != 0", "weight != -1", distillation("weightless")),
         (
             "temperature unsquared",
             "temperature**2",
@@ -138,8 +137,12 @@ MUTANTS = [
         ("weights have no sum", "masked_sum(weight, pairs, 2)", "sum_last(pairs.to(dtype), 2)", weighted_value),
     ),
     *faults(
+        logits._weigh_pairs,
+        ("no weight, but a part", "weight != 0", "weight != -1", distillation("weightless")),
+    ),
+    *faults(
         _reduction.replica_weight,
-        ("weights are at least 1", "at_least=0.0", "at_least=1.0", distillation("equal_weights")),
+        ("weights are at least 1", "at_least=[0.0]", "at_least=[1.0]", distillation("equal_weights")),
         ("no weight divides", "total > 0", "total >= 0", distillation("no_pairs")),
     ),
     *faults(
