@@ -79,12 +79,14 @@ class _ReplicaSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
-        total = values.detach().clone()
-        dist.all_reduce(total)
-        return total
+        return _added_up(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return _added_up(grad)
+
+
+def _added_up(values: Tensor) -> Tensor:
+    total = values.detach().to(_PACKET_DTYPE, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.dtype)

@@ -137,6 +137,23 @@ def test_a_term_that_one_replica_lacks(replicas, term, how):
         assert_close({name: losses[name] for name in others}, {name: expected[name] for name in others})
 
 
+def plain_losses(rank, weights, distance):
+    term = dkl.PlainFeatureTerm(distance=distance, weight=weights[rank])
+    losses = dkl.DETRDistillationLoss([term])(*(part(record, rank) for record in batch()))
+    sum(losses.values()).backward()
+    return losses["loss_kd_plain_feature"].item()
+
+
+@pytest.mark.parametrize("distance", ["mse", "pearson"])
+def test_plain_features_that_one_replica_does_not_weigh(replicas, distance):
+    """Also with statistics of all replicas, which the other one needs."""
+    both = replicas(plain_losses, (1.0, 1.0), distance)
+    one = replicas(plain_losses, (0.0, 1.0), distance)
+    assert one[0] == 0
+    if distance == "pearson":
+        assert one[1] == pytest.approx(both[1], rel=1e-5)
+
+
 def losses_of_sizes(rank, change):
     """Rank 1 has another number of levels, or of decoder layers, than rank 0."""
     student, teacher, targets = (part(record, rank) for record in batch())

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from detr_kd_losses._options import Rules, one_of
+from detr_kd_losses._reduction import shares_counts
 from detr_kd_losses.losses.features.levels import box_mask
 from detr_kd_losses.losses.features.plain import RULES, Distance, feature_distillation_loss
 from detr_kd_losses.losses.features.projection import FeatureProjection, as_levels
@@ -36,8 +37,8 @@ class PlainFeatureTerm(Term):
         cells: ``"all"``, or those that the ``"boxes"`` of targets touch (:func:`box_mask`), but not for ``"channel"``.
         distance: ``"mse"``, ``"cosine"``, ``"pearson"`` or ``"channel"``.
         temperature: Divisor of both features in ``"channel"``.
-        sync_normalizer: Whether numbers and statistics are those of all replicas. ``"pearson"`` adds the statistics of
-            every level, in the backward pass too: all replicas must then compute the term in the same steps.
+        sync_normalizer: Whether numbers and statistics are those of all replicas. For ``"pearson"`` they add up the
+            statistics of every level, in the backward pass too, so all must have features, whatever the weight.
 
     Examples:
         >>> PlainFeatureTerm([64, 128], [256, 256], distance="pearson").names
@@ -73,6 +74,13 @@ class PlainFeatureTerm(Term):
             sync_normalizer=sync_normalizer,
         )
         self.projections = FeatureProjection(student_channels, teacher_channels)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """The scalars by name, weighted. Statistics that replicas share are computed at a weight of 0, too."""
+        sync = self.call_options["sync_normalizer"]
+        if self.distance != "pearson" or self.weight != 0 or not shares_counts(sync=sync):
+            return super().forward(step)
+        return {name: 0 * loss for name, loss in zip(self.names, self.compute(step).values(), strict=True)}
 
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Compare the features."""
