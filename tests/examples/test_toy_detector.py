@@ -12,6 +12,7 @@ from torch import Tensor
 
 import detr_kd_losses as dkl
 
+pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "toy_detector"))  # the demo runs as a script there
 
 import draw
