@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hf_transformers.train import rt_detr, training_arguments
 from hf_transformers.trainer import DistillationTrainer
 
 from support import zoo
-from support.two_processes import replica, step_of_gradient_descent
+from support.two_processes import replica, run_together, step_of_gradient_descent
 
 TERMS = {f"loss_kd_{prefix}{term}" for prefix in ("", "group_") for term in ("class", "bbox", "giou")}
 TERMS |= {"loss_kd_feature"}
@@ -231,10 +230,7 @@ def test_student_as_its_own_teacher(tmp_path: Path) -> None:
 
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     joined = step_of_gradient_descent(tmp_path, world_size=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(replica, args=(2, port, tmp_path), nprocs=2)
+    run_together(replica, tmp_path)
     for rank in range(2):
         step = torch.load(tmp_path / f"replica_{rank}.pt", weights_only=True)
         assert step.keys() == joined.keys()

@@ -1,12 +1,17 @@
-"""One step of DistillationTrainer in a process of its own: what `test_hf_trainer` starts twice."""
+"""Processes that train together: how a test starts them, and one step of DistillationTrainer in each."""
 
 from __future__ import annotations
 
 import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import detr_kd_losses as dkl
@@ -14,6 +19,38 @@ import detr_kd_losses as dkl
 from support import zoo
 
 IMAGES = 4
+TIMEOUT = 60  # seconds, for the processes of a test together
+
+
+def run_together(work: Callable[..., None], *arguments: Any, world_size: int = 2) -> None:
+    """Call `work(rank, *arguments)` in processes of one gloo group; fail if one does, or if they hang."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = time.monotonic()
+    context = torch.multiprocessing.spawn(
+        _process, args=(world_size, port, work, arguments), nprocs=world_size, join=False
+    )
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() - start < TIMEOUT, f"the processes hang for {TIMEOUT} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _process(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT // 2))
+    work(rank, *arguments)
+    dist.destroy_process_group()
 
 
 def task_loss(outputs: Any, labels: list[dict[str, Tensor]], num_items_in_batch: Any = None) -> Tensor:
@@ -68,15 +105,6 @@ def step_of_gradient_descent(output: Path, world_size: int) -> dict[str, Tensor]
     return {name: before[name] - parameter.detach() for name, parameter in learned.items()}
 
 
-def replica(rank: int, world_size: int, port: int, output: Path) -> None:
-    """Be one of several processes, and leave the result in a file."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.save(step_of_gradient_descent(output, world_size), output / f"replica_{rank}.pt")
-    torch.distributed.destroy_process_group()
+def replica(rank: int, output: Path) -> None:
+    """Leave the step of one of two processes in a file."""
+    torch.save(step_of_gradient_descent(output, world_size=2), output / f"replica_{rank}.pt")

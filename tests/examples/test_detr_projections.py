@@ -1,0 +1,231 @@
+"""Projections outside the model: learned, averaged over processes whatever a step does, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import detr_kd_losses as dkl
+from detr_convention.adapter import DetrReader, DistillationCriterion, attach_teacher, learn_projections
+from detr_convention.standin import SetCriterion, train_one_epoch
+
+from support.stand_ins import batch, stand_in
+from support.two_processes import run_together
+
+UNEVEN = 2  # a seed whose first two images have different numbers of objects
+
+
+def criterion_and_student(*, sync: bool = True) -> tuple[DistillationCriterion, nn.Module]:
+    student, teacher = stand_in(0), stand_in(1, queries=20, channels=64)
+    torch.manual_seed(2)
+    distillation = dkl.DETRDistillationLoss([dkl.LogitsTerm(), dkl.FeatureTerm(32, 64, sync_normalizer=sync)])
+    attach_teacher(student, teacher, reader=DetrReader, query_group=False)
+    return DistillationCriterion(SetCriterion(layers=3), distillation), student
+
+
+def test_projections_of_another_width_are_learned() -> None:
+    criterion, student = criterion_and_student()
+    before = copy.deepcopy(criterion.distillation.state_dict())
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    learn_projections(optimizer, criterion.distillation)
+    train_one_epoch(student, criterion, [batch()], optimizer)
+    assert before
+    assert all((tensor != before[name]).any() for name, tensor in criterion.distillation.state_dict().items())
+
+
+def test_criterion_is_copied_without_ties_to_the_original() -> None:
+    criterion, student = criterion_and_student()
+    learn_projections(torch.optim.SGD(student.parameters(), lr=0.1), criterion.distillation)
+    other = copy.deepcopy(criterion)
+    images, targets = batch()
+    sum(other(student(images), targets).values()).backward()
+    assert all(parameter.grad is None for parameter in criterion.parameters())
+    assert all(parameter.grad.any() for parameter in other.parameters())
+
+
+class TestResuming:
+    """Engines save the model and the optimizer; the projections are in the optimizer's state."""
+
+    def run(self, checkpoint: dict[str, Any] | None = None, *, learned: bool = True) -> Any:
+        torch.manual_seed(7)
+        criterion, student = criterion_and_student()
+        for parameter in criterion.parameters():
+            nn.init.normal_(parameter)  # as in every process that starts, something else
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        if learned:
+            learn_projections(optimizer, criterion.distillation)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        if checkpoint is not None:
+            student.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        train_one_epoch(student, criterion, [batch(1)], optimizer)
+        scheduler.step()
+        return criterion, student, optimizer, scheduler
+
+    def checkpoint(self, run: Any, path: Path) -> dict[str, Any]:
+        _, student, optimizer, scheduler = run
+        parts = {"model": student, "optimizer": optimizer, "lr_scheduler": scheduler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, path)
+        return torch.load(path, weights_only=True)
+
+    def test_projections_are_what_they_were(self, tmp_path: Path) -> None:
+        run = self.run()
+        saved = self.checkpoint(run, tmp_path / "1.pt")
+        criterion, student = criterion_and_student()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        learn_projections(optimizer, criterion.distillation)
+        optimizer.load_state_dict(saved["optimizer"])
+        assert_close(criterion.distillation.state_dict(), run[0].distillation.state_dict(), rtol=0, atol=0)
+        assert_close(optimizer.state_dict(), run[2].state_dict(), rtol=0, atol=0)
+        assert optimizer.param_groups[-1]["params"] == list(criterion.distillation.parameters())
+
+    def test_run_without_a_teacher_goes_on_with_one(self, tmp_path: Path) -> None:
+        saved = self.checkpoint(self.run(learned=False), tmp_path / "1.pt")
+        with pytest.warns(UserWarning, match="without projections: they start anew"):
+            _, student, optimizer, _ = self.run(saved)
+        state = optimizer.state_dict()
+        assert len(state["param_groups"]) == 2
+        steps = [optimizer.state[parameter]["step"].item() for parameter in student.parameters()]
+        assert set(steps) == {2}, "the student's own state goes on"
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+
+    def test_run_with_projections_does_not_lose_them_silently(self, tmp_path: Path) -> None:
+        saved = self.checkpoint(self.run(), tmp_path / "1.pt")
+        with pytest.raises(ValueError, match="number of parameter groups"):
+            self.run(saved, learned=False)
+
+    def test_projections_for_another_teacher(self) -> None:
+        criterion, student = criterion_and_student()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        learn_projections(optimizer, criterion.distillation)
+        other = torch.optim.SGD(student.parameters(), lr=0.1)
+        learn_projections(other, dkl.DETRDistillationLoss([dkl.FeatureTerm(32, 128)]))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            other.load_state_dict(optimizer.state_dict())
+
+    def test_learning_twice(self) -> None:
+        criterion, student = criterion_and_student()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        learn_projections(optimizer, criterion.distillation)
+        with pytest.raises(ValueError, match="more than one parameter group"):
+            learn_projections(optimizer, criterion.distillation)
+
+
+def step_of_gradient_descent(
+    images: Tensor, targets: list[dict[str, Tensor]], *, rank: int | None, micro_batches: int = 1
+) -> dict[str, Tensor]:
+    """How one step at learning rate 1 moves every weight; with a rank, in that process of several."""
+    criterion, student = criterion_and_student()
+    if rank:
+        nn.init.normal_(criterion.distillation.terms["feature"].projections[0].weight)  # as with a seed of its own
+    learned = {**dict(student.named_parameters()), **dict(criterion.distillation.named_parameters())}
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    learn_projections(optimizer, criterion.distillation)
+    before = {name: parameter.detach().clone() for name, parameter in learned.items()}
+    model = student if rank is None else DistributedDataParallel(student)
+    for _ in range(micro_batches):
+        losses = criterion(model(images), targets)
+        weighted = [losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses]
+        (sum(weighted) / micro_batches).backward()
+    optimizer.step()
+    return {name: before[name] - parameter.detach() for name, parameter in learned.items()}
+
+
+MICRO_BATCHES = (1, 3)
+HAPPENINGS = (
+    "weight 0 on one rank",
+    "weight 0 on all ranks",
+    "no objects on one rank",
+    "no objects on all ranks",
+    "overflow on one rank",
+    "overflow on all ranks",
+    "validation on one rank",
+)
+
+
+def be_one_of_two(rank: int, folder: Path) -> None:
+    """Do in one pair of processes, which take long to start, what the tests below look at."""
+    images, targets = batch(UNEVEN)
+    half = slice(rank, rank + 1)
+    results: dict[Any, Any] = {
+        count: step_of_gradient_descent(images[half], targets[half], rank=rank, micro_batches=count)
+        for count in MICRO_BATCHES
+    }
+    for happening in HAPPENINGS:
+        print(f"rank {rank}: {happening}", flush=True)  # noqa: T201 - where it hangs, the last of these says at what
+        results[happening] = train_with(rank, happening)
+    torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    run_together(be_one_of_two, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
+def test_two_processes_take_the_step_of_one(micro_batches: int, processes: list[dict[Any, Any]]) -> None:
+    """Accumulated or not; the processes draw other projections, and begin with those of the first."""
+    images, targets = batch(UNEVEN)
+    assert len(targets[0]["labels"]) != len(targets[1]["labels"])
+    joined = step_of_gradient_descent(images[:2], targets[:2], rank=None)
+    for results in processes:
+        for name, expected in joined.items():
+            atol = 1e-5 + 1e-5 * expected.abs().max().item()
+            assert_close(results[micro_batches][name], expected, rtol=0, atol=atol)
+
+
+def train_with(rank: int, happening: str) -> dict[str, Any]:
+    """Three steps, in the second of which something happens on one rank or on all."""
+    # A term of weight 0 counts nothing: where weights differ, what is counted together must not be this term's.
+    criterion, student = criterion_and_student(sync=happening != "weight 0 on one rank")
+    feature = criterion.distillation.terms["feature"]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    learn_projections(optimizer, criterion.distillation)
+    model = DistributedDataParallel(student)
+    scaler = torch.amp.GradScaler("cpu", enabled="overflow" in happening, init_scale=2.0)
+    moved = []
+    for step in range(3):
+        before = [parameter.detach().clone() for parameter in criterion.distillation.parameters()]
+        images, targets = batch(10 * step + rank)
+        here = step == 1 and (rank == 0 or happening.endswith("all ranks"))
+        if happening.startswith("weight 0"):
+            feature.weight = 0.0 if here else 20.0
+        if happening.startswith("no objects") and here:
+            targets = [{name: tensor[:0] for name, tensor in target.items()} for target in targets]
+        losses = criterion(model(images), targets)
+        weights = criterion.weight_dict
+        loss = sum(losses[name] * weights[name] for name in losses if name in weights)
+        if happening.startswith("overflow") and here:
+            loss = loss * float("inf")
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        if happening.startswith("validation") and here:
+            with torch.no_grad():
+                student.eval()(images)  # whose criterion counts over all processes, and so is not called here
+            student.train()
+        after = criterion.distillation.parameters()
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    return {"state": dict(criterion.distillation.state_dict()), "moved": moved}
+
+
+@pytest.mark.parametrize("happening", HAPPENINGS)
+def test_no_process_waits_for_another(happening: str, processes: list[dict[Any, Any]]) -> None:
+    first, second = (results[happening] for results in processes)
+    assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert all(tensor.isfinite().all() for tensor in first["state"].values())
+    skipped = happening.startswith("overflow")
+    assert first["moved"] == second["moved"] == [True, not skipped, True]
