@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
+from hf_transformers.classes import check_apart, check_classes
 from hf_transformers.families import DecoderCall, Predictions, family_of
 
 QueryGroup = dict[str, Tensor]
@@ -212,14 +213,12 @@ def distillation_loss(
         teacher: The teacher.
         num_levels: Number of feature levels that are distilled. None: all of the student's.
         terms: Terms of the loss. None: those of its default, with a projection of the features where it takes one.
-        **options: Those of `DETRDistillationLoss`.
+        **options: Those of `DETRDistillationLoss`. Without `class_map`, the classes of both must be the same, by number
+            and, where the configurations have them, by name; `match_classes` makes a map by names.
     """
-    if "class_map" not in options and student.config.num_labels != teacher.config.num_labels:
-        msg = (
-            f"student and teacher must have the same classes, got {student.config.num_labels} and "
-            f"{teacher.config.num_labels}; otherwise give `class_map`, the student's class of each class of the teacher"
-        )
-        raise ValueError(msg)
+    check_apart(student, teacher)
+    if options.get("class_map") is None:
+        check_classes(student, teacher)
     defaults: dict[str, Any] = {
         "student_activation": family_of(student).activation,
         "teacher_activation": family_of(teacher).activation,

@@ -18,11 +18,11 @@ from transformers import (
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrResNetConfig,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from hf_transformers.checkpoints import RestoringTrainer
 from hf_transformers.coco_shapes import CLASSES, CocoDetection, collate, make_shapes
 from hf_transformers.trainer import DistillationTrainer
 
@@ -100,7 +100,7 @@ def main() -> None:
     data = {"train_dataset": images, "data_collator": collate}
 
     teacher = rt_detr(width=64, decoder_layers=4, num_queries=40, class_names=images.class_names)
-    Trainer(model=teacher, args=teacher_arguments, **data).train()
+    RestoringTrainer(model=teacher, args=teacher_arguments, **data).train()
 
     student = rt_detr(width=32, decoder_layers=2, num_queries=20, class_names=images.class_names)
     student_arguments = training_arguments(arguments.output / "student", arguments.steps, arguments.batch_size)

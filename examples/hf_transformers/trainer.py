@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import Trainer
 
 import detr_kd_losses as dkl
 from detr_kd_losses.training.teacher import FrozenTeacher
 from hf_transformers.adapter import QueryProjection, Tap, distillation_loss
+from hf_transformers.checkpoints import RestoringTrainer, without_last_group
+from hf_transformers.classes import check_apart, check_classes, check_heads
 
 DISTILLATION_FILE = "distillation.pt"
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RestoringTrainer):
     """Adds the terms of a `DETRDistillationLoss` to the loss of the model, in training alone.
 
     Everything else is the Trainer's: gradient accumulation, mixed precision, several processes, evaluation. What is
@@ -47,9 +49,7 @@ class DistillationTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if teacher is self.model:
-            msg = "`teacher` must be another model than the student, since it is frozen; copy.deepcopy makes one"
-            raise ValueError(msg)
+        check_apart(self.model, teacher)
         if self.args.n_gpu > 1:
             msg = f"a process must use one GPU, got {self.args.n_gpu}; start with torchrun or set CUDA_VISIBLE_DEVICES"
             raise ValueError(msg)
@@ -59,14 +59,19 @@ class DistillationTrainer(Trainer):
         self.group_share = group_share
         num_levels = None if student_levels is None else len(student_levels)
         self.distillation = distillation or distillation_loss(self.model, teacher, num_levels=num_levels)
+        check_heads(self.distillation, self.model, teacher)
+        if self.distillation.class_map is None:
+            check_classes(self.model, teacher)
         self.query_projection = QueryProjection(self.model, teacher)
         # Learned with the student, and not a part of it.
         self.projections = nn.ModuleList([self.distillation, self.query_projection]).to(self.args.device)
         for parameter in self.projections.parameters():
             parameter.data = broadcast(parameter.data)  # every process starts from the same values
-        self._terms: dict[str, Tensor] = {}
-        self._steps = 0
-        self._optimizer_has_stepped = False
+        # The losses of detectors divide by the objects of their own micro-batch, whatever number they are given.
+        self.model_accepts_loss_kwargs = False
+        self._terms: dict[str, list[Tensor]] = {}  # since the last logs
+        self._means: dict[str, float] = {}
+        self._optimizer_has_stepped = True
 
     def compute_loss(
         self,
@@ -85,11 +90,11 @@ class DistillationTrainer(Trainer):
                 f"{sorted(inputs)}; let the data collator keep them, with remove_unused_columns=False"
             )
             raise ValueError(msg)
-        targets = dkl.pad_targets(inputs["labels"])
+        targets = dkl.pad_targets(inputs["labels"]).to(self.args.device)
         with Tap(self.accelerator.unwrap_model(model)) as student_tap:
             loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         terms = self.distillation_terms(student_tap, inputs, targets)
-        loss = loss + factor * torch.stack(list(terms.values())).sum()
+        loss = loss + factor / self._undivided_micro_batches() * torch.stack(list(terms.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
     def distillation_terms(
@@ -111,36 +116,52 @@ class DistillationTrainer(Trainer):
             check_levels(student_output, teacher_output)
             terms = self.distillation(student_output, teacher_output, targets)
         for name, term in terms.items():
-            self._terms[name] = self._terms.get(name, 0) + term.detach()
-        self._steps += 1
+            self._terms.setdefault(name, []).append(term.detach())
         return terms
+
+    def _undivided_micro_batches(self) -> int:
+        """By what to divide a mean over a micro-batch, where the Trainer leaves that to the loss."""
+        left = getattr(self, "loss_is_scaled_for_ga", None)
+        left = self.compute_loss_func is not None if left is None else left
+        return getattr(self, "current_gradient_accumulation_steps", 1) if left else 1
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """Treat the gradients of the projections as the Trainer and DistributedDataParallel treat the student's."""
         if self._optimizer_has_stepped:
             self.projections.zero_grad()
         loss = super().training_step(*arguments, **options)
-        for parameter in self.projections.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         self._optimizer_has_stepped = self.accelerator.sync_gradients  # it does so right after the last micro-batch
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            average_gradients(list(self.projections.parameters()), self.accelerator.reduce)
         return loss
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Let the optimizer learn the projections as well."""
         optimizer = super().create_optimizer(*arguments, **options)
+        self._optimizer_has_stepped = True  # what another run has left is not of this one
         known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         new = [parameter for parameter in self.projections.parameters() if parameter not in known]
         if new:
             optimizer.add_param_group({"params": new, "weight_decay": self.args.weight_decay})
         return optimizer
 
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Average the terms where all processes come by, which cannot be said of `log`."""
+        if self.control.should_log:
+            names = self.distillation.names
+            sums = [sum(self._terms.get(name, []), torch.zeros((), device=self.args.device)) for name in names]
+            counts = torch.tensor([len(self._terms.get(name, [])) for name in names], device=self.args.device)
+            sums, counts = self.accelerator.reduce(torch.stack([torch.stack(sums), counts]).float(), reduction="sum")
+            means = zip(names, (sums / counts).tolist(), counts.tolist(), strict=True)
+            self._means = {name: mean for name, mean, count in means if count}
+            self._terms = {}
+        super()._maybe_log_save_evaluate(*arguments, **options)
+
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Add to the training logs the mean of each distillation term since the last ones."""
-        if "loss" in logs and self._steps:
-            means = self.accelerator.reduce(torch.stack(list(self._terms.values())) / self._steps, reduction="mean")
-            logs |= dict(zip(self._terms, means.tolist(), strict=True))
-            self._terms, self._steps = {}, 0
+        if "loss" in logs:
+            logs |= self._means
+            self._means = {}
         super().log(logs, *arguments, **options)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -149,10 +170,52 @@ class DistillationTrainer(Trainer):
             torch.save(self.projections.state_dict(), Path(output_dir) / DISTILLATION_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / DISTILLATION_FILE, map_location=self.args.device, weights_only=True)
-            self.projections.load_state_dict(state)
+        load = super()._load_optimizer_and_scheduler
+        if checkpoint is None:
+            return
+        if self._load_projections(checkpoint) or not list(self.projections.parameters()):
+            load(checkpoint)
+        else:
+            warnings.warn(
+                f"{checkpoint} has no {DISTILLATION_FILE}, as of a run without a teacher or with save_only_model: the "
+                "student goes on, the projections of features and queries start anew",
+                stacklevel=2,
+            )
+            without_last_group(self, lambda: load(checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_projections(self.state.best_model_checkpoint)
+
+    def _load_projections(self, checkpoint: str) -> bool:
+        """Load the projections of a checkpoint, and return whether it has any."""
+        path = Path(checkpoint) / DISTILLATION_FILE
+        if not path.exists():
+            return False
+        try:
+            self.projections.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+        except RuntimeError as error:
+            msg = (
+                f"{path} must hold the projections of this student and teacher; to go on with another teacher, load "
+                f"the student with from_pretrained({checkpoint!r}) and start a new run"
+            )
+            raise ValueError(msg) from error
+        return True
+
+
+def average_gradients(parameters: list[nn.Parameter], reduce: Callable[..., Tensor]) -> None:
+    """Average gradients over the processes, also where some or all have none: in one reduction, which all take part in.
+
+    A parameter that has a gradient nowhere is left without.
+    """
+    if not parameters:
+        return
+    here = [0.0 if parameter.grad is None else 1.0 for parameter in parameters]
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), gradients[0].new_tensor(here).float()])
+    *averages, somewhere = reduce(flat, reduction="mean").split([*(one.numel() for one in parameters), len(parameters)])
+    for parameter, average, given in zip(parameters, averages, somewhere.tolist(), strict=True):
+        parameter.grad = average.view_as(parameter).to(parameter.dtype) if given else None
 
 
 def check_levels(student: dkl.DetectorOutput, teacher: dkl.DetectorOutput) -> None:

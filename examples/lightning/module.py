@@ -41,6 +41,10 @@ class DistillationModule(pl.LightningModule):
         self.query_projection = QueryProjection(student, teacher)
         self.warmup, self.learning_rate = warmup, learning_rate
 
+    def on_train_start(self) -> None:
+        """Let the student train, wherever an evaluation between two runs has left it."""
+        self.student.train()
+
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         """Return the student's loss plus the distillation terms."""
         with Tap(self.teacher.module) as teacher_tap:

@@ -20,7 +20,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import SampleList
 from mmengine.config import Config
 from mmengine.runner import load_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 import detr_kd_losses as dkl
 from detr_kd_losses.training.teacher import FrozenTeacher
@@ -50,16 +50,18 @@ class Distilled:
             load_checkpoint(model, teacher_checkpoint, map_location="cpu", strict=True)
         self.teacher = FrozenTeacher(model)
         self.distillation = dkl.DETRDistillationLoss([dkl.LogitsTerm()], **(distillation or {}))
-        self.bbox_head.register_forward_hook(self._record_predictions)
-
-    def _record_predictions(self, _: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-        """Keep what the head answers to the detector's own loss: logits (L, B, N, C) and boxes (L, B, N, 4)."""
-        self._predictions = output[:2]
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Return the terms of the detector and of the distillation."""
-        losses = super().loss(batch_inputs, batch_data_samples)
-        logits, boxes = (tensor[:, :, -self.num_queries :] for tensor in self._predictions)  # after denoising queries
+        # What the head answers: logits (L, B, N, C) and boxes (L, B, N, 4). The hook goes and nothing is kept, so that
+        # averages of weights can copy the detector at any time.
+        answers: list[tuple[Tensor, ...]] = []
+        hook = self.bbox_head.register_forward_hook(lambda _, __, output: answers.append(output[:2]))
+        try:
+            losses = super().loss(batch_inputs, batch_data_samples)
+        finally:
+            hook.remove()
+        logits, boxes = (tensor[:, :, -self.num_queries :] for tensor in answers[0])  # after denoising queries
         teacher_logits, teacher_boxes = self.teacher(batch_inputs, batch_data_samples, mode="tensor")[:2]
         terms = self.distillation(
             dkl.DetectorOutput(logits, boxes),
