@@ -20,6 +20,9 @@ SIDE = 96
 class CocoDetection(Dataset):
     """Images and targets of a folder with `instances.json`, as the detectors of transformers take them.
 
+    As DETR does: regions of a crowd, which are no single objects, are left out, boxes end with the image, and what
+    then has no area is left out.
+
     Args:
         folder: Where `instances.json` and the images are.
         side: Images are resized to squares of this many pixels.
@@ -31,16 +34,29 @@ class CocoDetection(Dataset):
         self.images = content["images"]
         self.class_names = [category["name"] for category in content["categories"]]
         class_of = {category["id"]: index for index, category in enumerate(content["categories"])}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in self.images}
         self.objects: dict[int, list[tuple[int, list[float]]]] = {image["id"]: [] for image in self.images}
         for annotation in content["annotations"]:
-            self.objects[annotation["image_id"]].append((class_of[annotation["category_id"]], annotation["bbox"]))
+            image, category = annotation["image_id"], annotation["category_id"]
+            if image not in sizes or category not in class_of:
+                msg = f"annotation {annotation.get('id')} is of image {image} and category {category}, not both listed"
+                raise ValueError(msg)
+            box = clip(annotation["bbox"], *sizes[image])
+            if not annotation.get("iscrowd", 0) and box[2] > 0 and box[3] > 0:
+                self.objects[image].append((class_of[category], box))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.images[index]
-        pixels = Image.open(self.folder / image["file_name"]).convert("RGB").resize((self.side, self.side))
+        path = self.folder / image["file_name"]
+        try:
+            with Image.open(path) as file:
+                pixels = file.convert("RGB").resize((self.side, self.side))
+        except OSError as error:
+            msg = f"image {image['id']}, {path}, cannot be read ({error}): get the file again, or take it off the list"
+            raise OSError(msg) from error
         objects = self.objects[image["id"]]
         xywh = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
         boxes = torch.cat([xywh[:, :2] + xywh[:, 2:] / 2, xywh[:, 2:]], 1)
@@ -52,6 +68,12 @@ class CocoDetection(Dataset):
                 "boxes": boxes / size,
             },
         }
+
+
+def clip(box: list[float], width: float, height: float) -> list[float]:
+    """Return the part of an xywh box, in pixels, that is in the image."""
+    left, top = max(box[0], 0), max(box[1], 0)
+    return [left, top, min(box[0] + box[2], width) - left, min(box[1] + box[3], height) - top]
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor | list[dict[str, Tensor]]]:
