@@ -48,6 +48,7 @@ from detr_kd_losses.training.diagnostics import (
 )
 from detr_kd_losses.training.geometry import Geometry
 from detr_kd_losses.training.offline import OfflineTeacher, save_predictions
+from detr_kd_losses.training.pseudo_targets import add_pseudo_targets, pseudo_targets
 from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_finite, check_targets
@@ -80,6 +81,7 @@ __all__ = [
     "Targets",
     "TeacherAssignedQueryLoss",
     "Term",
+    "add_pseudo_targets",
     "assignment_instability",
     "assignment_to_indices",
     "best_queries",
@@ -114,6 +116,7 @@ __all__ = [
     "paired_box_iou",
     "paired_generalized_box_iou",
     "positives_per_image",
+    "pseudo_targets",
     "query_group_attention_mask",
     "query_quality",
     "save_predictions",

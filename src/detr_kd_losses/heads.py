@@ -63,7 +63,7 @@ def map_class_logits(
     validate_floating("logits", logits)
     logits = full_precision(logits)
     softmax = activation == "softmax"
-    index = _class_index(class_map, num_classes_of(logits, activation), num_classes, device=logits.device)
+    index = class_index(class_map, num_classes_of(logits, activation), num_classes, device=logits.device)
     if softmax:
         # Dropped classes and "no object" share the last slot.
         index = torch.cat((index, index.new_full((1,), num_classes)))
@@ -74,7 +74,7 @@ def map_class_logits(
     return merged.scatter_reduce(-1, index.expand(logits.shape), logits, "amax", include_self=False)[..., :-1]
 
 
-def _class_index(class_map: ClassMap, teacher_classes: int, num_classes: int, *, device: torch.device) -> Tensor:
+def class_index(class_map: ClassMap, teacher_classes: int, num_classes: int, *, device: torch.device) -> Tensor:
     """`class_map` as an int64 tensor (C,) whose dropped classes point to the slot after the last class."""
     if isinstance(class_map, Tensor):
         validate_dtype("class_map", class_map, torch.int64)
@@ -178,7 +178,7 @@ class Heads:
             return None
         teacher_classes = num_classes_of(teacher_logits, self.teacher)
         num_classes, device = num_classes_of(student_logits, self.student), student_logits.device
-        index = _class_index(self.class_map, teacher_classes, num_classes, device=device)
+        index = class_index(self.class_map, teacher_classes, num_classes, device=device)
         known = torch.zeros(num_classes + 1, dtype=torch.bool, device=device)
         return known.scatter(0, index, value=True)[:-1]
 
