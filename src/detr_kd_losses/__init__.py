@@ -38,6 +38,7 @@ from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.plain_features import PlainFeatureTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
 from detr_kd_losses.terms.shared_queries import SharedQueryTerm
+from detr_kd_losses.training.controller import ShareController, TermShare
 from detr_kd_losses.training.diagnostics import (
     LossMagnitude,
     assignment_instability,
@@ -73,6 +74,7 @@ __all__ = [
     "PlainFeatureTerm",
     "Predictions",
     "QueryGroupTerm",
+    "ShareController",
     "SharedQueryDistillationLoss",
     "SharedQueryTerm",
     "Step",
@@ -81,6 +83,7 @@ __all__ = [
     "Targets",
     "TeacherAssignedQueryLoss",
     "Term",
+    "TermShare",
     "add_pseudo_targets",
     "assignment_instability",
     "assignment_to_indices",

@@ -79,14 +79,11 @@ def loss_magnitudes(
         >>> magnitude.value.item(), magnitude.relative_value.item(), magnitude.relative_gradient_norm.item()
         (1.5, 0.25, 0.25)
     """
-    learned = [parameter for parameter in parameters if parameter.requires_grad]
-    if not learned:
-        msg = "`parameters` must have at least one that requires a gradient, got none"
-        raise ValueError(msg)
-    task_value, task_norm = task_loss.detach(), _gradient_norm(task_loss, learned)
+    learned = learned_among(parameters)
+    task_value, task_norm = task_loss.detach(), gradient_norm(task_loss, learned)
     magnitudes = {}
     for name, term in terms.items():
-        value, norm = term.detach(), _gradient_norm(term, learned)
+        value, norm = term.detach(), gradient_norm(term, learned)
         magnitudes[name] = LossMagnitude(value, norm, value / task_value, norm / task_norm)
     return magnitudes
 
@@ -201,7 +198,16 @@ def assignment_instability(before: Tensor, after: Tensor) -> Tensor:
     return _mean((before != after).float(), (before >= 0) | (after >= 0))
 
 
-def _gradient_norm(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+def learned_among(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that require a gradient; raise if there is none."""
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    if not learned:
+        msg = "`parameters` must have at least one that requires a gradient, got none"
+        raise ValueError(msg)
+    return learned
+
+
+def gradient_norm(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     """Norm of the gradient over all parameters; 0 for a loss that does not depend on them."""
     if not loss.requires_grad:
         return torch.zeros_like(loss)
