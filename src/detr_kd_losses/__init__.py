@@ -48,8 +48,9 @@ from detr_kd_losses.training.diagnostics import (
     positives_per_image,
 )
 from detr_kd_losses.training.geometry import Geometry
-from detr_kd_losses.training.offline import OfflineTeacher, save_predictions
+from detr_kd_losses.training.offline import OfflineTeacher
 from detr_kd_losses.training.pseudo_targets import add_pseudo_targets, pseudo_targets
+from detr_kd_losses.training.saving import PredictionWriter, save_predictions
 from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_finite, check_targets
@@ -72,6 +73,7 @@ __all__ = [
     "LossMagnitude",
     "OfflineTeacher",
     "PlainFeatureTerm",
+    "PredictionWriter",
     "Predictions",
     "QueryGroupTerm",
     "ShareController",

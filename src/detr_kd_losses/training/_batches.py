@@ -34,7 +34,8 @@ def validate_batch(image_ids: Sequence[int | str], images: Sequence[dict[str, An
             if described(image, field) != first:
                 msg = (
                     f"the predictions for image {image_id!r} must have the `{field}` ({what}) of image "
-                    f"{image_ids[0]!r} {first}, got {described(image, field)}: one teacher must have made both"
+                    f"{image_ids[0]!r} {first}, got {described(image, field)}: one teacher must have made both "
+                    f"({image['path']})"
                 )
                 raise ValueError(msg)
 

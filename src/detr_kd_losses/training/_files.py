@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from detr_kd_losses.training._contents import FIELDS
+
 __all__: list[str] = []
 
 FORMAT = 1
-_FIELDS = ("geometry", "activation", "logits", "boxes", "queries", "features", "padding_mask")
 _UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError)
 
 
@@ -29,9 +30,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def read(path: Path, image_id: int | str) -> dict[str, Any]:
     """What :func:`write` has put into the file of an image."""
-    if not path.exists():
-        msg = f"there are no predictions for image {image_id!r} in {path.parent}: make them with save_predictions"
-        raise FileNotFoundError(msg)
     again = "save them again with save_predictions"
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
@@ -46,8 +44,8 @@ def read(path: Path, image_id: int | str) -> dict[str, Any]:
         said = "no format" if version is None else f"format {version!r}"
         msg = f"the predictions for image {image_id!r} in {path} must have format {FORMAT}, got {said}: {again}"
         raise ValueError(msg)
-    missing = [field for field in _FIELDS if field not in content]
+    missing = [field for field in FIELDS if field not in content]
     if missing:
         msg = f"the predictions for image {image_id!r} in {path} lack {missing}: {again}"
         raise ValueError(msg)
-    return {field: content[field] for field in _FIELDS}
+    return {field: content[field] for field in FIELDS}

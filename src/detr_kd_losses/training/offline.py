@@ -14,116 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kd_losses._validation import (
-    validate_choice,
-    validate_count,
-    validate_predictions,
-    validate_record,
-    validate_same_shape,
-)
+from detr_kd_losses._validation import validate_choice, validate_count
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from detr_kd_losses.heads import ACTIVATIONS, Activation, num_classes_of
 from detr_kd_losses.outputs import DetectorOutput
 from detr_kd_losses.training import _batches, _files
+from detr_kd_losses.training._contents import what_is_wrong
+from detr_kd_losses.training._image_ids import ImageId, image_name, plain_id
+from detr_kd_losses.training._shards import Shards
 from detr_kd_losses.training.geometry import Geometry
+from detr_kd_losses.training.saving import PredictionWriter, save_predictions
 
-__all__ = ["Geometry", "OfflineTeacher", "save_predictions"]
-
-
-def save_predictions(
-    folder: str | Path,
-    image_ids: Sequence[int | str],
-    output: DetectorOutput,
-    *,
-    geometries: Sequence[Geometry] | None = None,
-    features: bool = False,
-    dtype: torch.dtype | None = None,
-    activation: Activation | None = None,
-) -> list[Path]:
-    """Save what a teacher says about a batch, one file for each image.
-
-    Args:
-        folder: Made if it is missing.
-        image_ids: B names or numbers that find the images again.
-        output: The teacher's outputs.
-        geometries: B views of the images in which the teacher has seen them. None: whole and unpadded.
-        features: Whether to save features, which need far more space and serve only images that are not augmented.
-        dtype: Dtype of logits, queries and features in the files, such as `torch.float16`. None: as they are. Boxes
-            keep theirs. A number beyond the range of `dtype` becomes its last one.
-        activation: Head of the teacher, which the files then say to whoever loads them. None: they do not say it.
-
-    Returns:
-        The files, in the order of `image_ids`.
-
-    Raises:
-        ValueError: If the numbers of images differ, an image comes twice, or features are asked for and not there.
-        TypeError: If `output` is no :class:`DetectorOutput`, or `dtype` is not floating.
-
-    Examples:
-        >>> import tempfile
-        >>> output = DetectorOutput(torch.randn(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     print([path.name for path in save_predictions(folder, [139, 285], output)])
-        ['139.pt', '285.pt']
-    """
-    views = [Geometry()] * len(image_ids) if geometries is None else list(geometries)
-    _validate_saved(image_ids, output, views, features=features, dtype=dtype, activation=activation)
-    levels = _levels(output.features) if features else None
-    masks = _levels(output.padding_mask) if features else None
-    paths = [_path(folder, image_id) for image_id in image_ids]
-    for index, (path, view) in enumerate(zip(paths, views, strict=True)):
-        content: dict[str, Any] = {
-            "geometry": tuple(view),
-            "activation": activation,
-            "logits": _stored(output.logits[..., index, :, :], dtype),
-            "boxes": _stored(output.boxes[..., index, :, :], None),
-            "queries": None if output.queries is None else _stored(output.queries[..., index, :, :], dtype),
-            "features": None if levels is None else [_stored(level[index], dtype) for level in levels],
-            "padding_mask": None if masks is None else [_stored(mask[index], None) for mask in masks],
-        }
-        _files.write(path, content)
-    return paths
-
-
-def _validate_saved(
-    image_ids: Sequence[int | str],
-    output: DetectorOutput,
-    views: Sequence[Geometry],
-    *,
-    features: bool,
-    dtype: torch.dtype | None,
-    activation: Activation | None,
-) -> None:
-    """Raise unless every image has its own predictions and its own file."""
-    validate_record("output", output, DetectorOutput, "DetectorOutput(logits, boxes)")
-    validate_predictions("output.", output.logits, output.boxes)
-    if activation is not None:
-        validate_choice("activation", activation, ACTIVATIONS)
-    if dtype is not None and not dtype.is_floating_point:
-        msg = f"`dtype` must be floating, got {dtype}"
-        raise TypeError(msg)
-    number = output.logits.shape[-3]
-    if not number == len(image_ids) == len(views):
-        msg = (
-            "`image_ids` and `geometries` must have one entry for each of the "
-            f"{number} images of `output`, got {len(image_ids)} and {len(views)}"
-        )
-        raise ValueError(msg)
-    names = [str(image_id) for image_id in image_ids]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        msg = f"`image_ids` must be different, for each names a file, got {twice} more than once"
-        raise ValueError(msg)
-    if features and output.features is None:
-        msg = "`output` must have features to save them, got None"
-        raise ValueError(msg)
-    for name in ("features", "padding_mask") if features else ():
-        for level in _levels(getattr(output, name)) or []:
-            validate_same_shape(f"output.{name}", level.shape[:1], "output.logits", (number,), "(B,)")
+__all__ = ["Geometry", "OfflineTeacher", "PredictionWriter", "save_predictions"]
 
 
 class OfflineTeacher:
-    """Reads predictions of :func:`save_predictions`, in a data loader or in the training loop.
+    """Reads predictions of :func:`save_predictions` or :class:`PredictionWriter`, mostly in a data loader.
+
+    It holds no lock, and may be pickled, so that the workers of a data loader read by themselves: call it in their
+    `collate_fn`. An image that has a file of its own is read from that, else from the newest file that has it.
 
     Queries whose box of the last layer has its centre outside the view are dropped, the rest of a box that leaves it
     is cut off. All images of a batch keep the same number of queries: that of the image with the fewest, the most
@@ -163,12 +72,15 @@ class OfflineTeacher:
         self.activation = activation
         self.features = features
         self.num_classes = num_classes
+        self._shards = Shards(self.folder)
 
-    def __call__(self, image_ids: Sequence[int | str], geometries: Sequence[Geometry] | None = None) -> DetectorOutput:
+    def __call__(
+        self, image_ids: Sequence[ImageId] | Tensor, geometries: Sequence[Geometry] | None = None
+    ) -> DetectorOutput:
         """Load the predictions for a batch, as if the teacher had seen the student's views.
 
         Args:
-            image_ids: B names or numbers, as they were saved.
+            image_ids: B names or numbers, as they were saved; tensors of one number, too.
             geometries: B views of the images that the student sees. None: whole and unpadded.
 
         Returns:
@@ -179,12 +91,13 @@ class OfflineTeacher:
             ValueError: If the numbers differ, a file cannot be read or is of another head, number of classes or format,
                 images do not go together, or features are wanted that are not there or cannot be moved.
         """
-        views = [Geometry()] * len(image_ids) if geometries is None else list(geometries)
-        if len(views) != len(image_ids) or not views:
-            msg = f"`geometries` must have one entry for each image, at least 1, got {len(views)} and {len(image_ids)}"
+        names = [plain_id(image_id) for image_id in image_ids]
+        views = [Geometry()] * len(names) if geometries is None else list(geometries)
+        if len(views) != len(names) or not views:
+            msg = f"`geometries` must have one entry for each image, at least 1, got {len(views)} and {len(names)}"
             raise ValueError(msg)
-        images = [self._load(image_id, view) for image_id, view in zip(image_ids, views, strict=True)]
-        _batches.validate_batch(image_ids, images)
+        images = [self._load(image_id, view) for image_id, view in zip(names, views, strict=True)]
+        _batches.validate_batch(names, images)
         kept = min(int(image["inside"].sum()) for image in images)
         for image in images:
             if kept < len(image["inside"]):
@@ -204,12 +117,16 @@ class OfflineTeacher:
 
     def _load(self, image_id: int | str, view: Geometry) -> dict[str, Any]:
         """Predictions for one image, their boxes in the student's view."""
-        path = _path(self.folder, image_id)
-        content = _files.read(path, image_id)
+        path, content = self._find(image_id)
+        reason = what_is_wrong(content)
+        if reason is not None:
+            msg = f"the predictions for image {image_id!r} in {path} do not belong together: {reason}; save them again"
+            raise ValueError(msg)
+        content["path"] = path
         self._validate_metadata(path, image_id, content)
         change = view.seen_from(Geometry(*content.pop("geometry")))
         if self.features and content["features"] is None:
-            msg = f"the predictions for image {image_id!r} have no features: save them with features=True"
+            msg = f"the predictions for image {image_id!r} have no features: save them with features=True ({path})"
             raise ValueError(msg)
         if self.features and not change.is_identity():
             msg = (
@@ -224,6 +141,18 @@ class OfflineTeacher:
             content["inside"] = _is_inside(boxes)
             content["boxes"] = box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes).clamp(0, 1))
         return content
+
+    def _find(self, image_id: int | str) -> tuple[Path, dict[str, Any]]:
+        """The file of an image, and its content."""
+        name = image_name(image_id)
+        path = self.folder / f"{name}.pt"
+        if path.exists():
+            return path, _files.read(path, image_id)
+        found = self._shards.find(name, image_id)
+        if found is None:
+            msg = f"there are no predictions for image {image_id!r} in {self.folder}: make them with save_predictions"
+            raise FileNotFoundError(msg)
+        return found
 
     def _validate_metadata(self, path: Path, image_id: int | str, content: dict[str, Any]) -> None:
         """Raise if the file says that it is of another teacher; what it does not say is taken from the options."""
@@ -255,22 +184,3 @@ def _confidence(logits: Tensor, activation: Activation) -> Tensor:
     last = (logits.flatten(0, -3)[-1] if logits.ndim > 2 else logits).float()
     scores = last.softmax(-1)[:, :-1] if activation == "softmax" else last.sigmoid()
     return scores.amax(-1)
-
-
-def _path(folder: str | Path, image_id: int | str) -> Path:
-    return Path(folder) / f"{image_id}.pt"
-
-
-def _levels(levels: Tensor | Sequence[Tensor] | None) -> list[Tensor] | None:
-    if levels is None:
-        return None
-    return [levels] if isinstance(levels, Tensor) else list(levels)
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of its own, so that no file holds the batch; what is finite stays finite."""
-    tensor = tensor.detach()
-    if dtype is not None and tensor.is_floating_point():
-        limit = torch.finfo(dtype).max
-        tensor = tensor.clamp(-limit, limit).where(tensor.isfinite(), tensor)
-    return tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
