@@ -45,6 +45,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/criterion.py
 	$(BIN)/python examples/benchmarks/feature_bandwidth.py
 	PYTHONPATH=examples $(BIN)/python examples/benchmarks/kd_cost_table.py
+	$(BIN)/python examples/benchmarks/offline.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis toy_distillation.png

@@ -41,9 +41,9 @@ if [ $# -eq 0 ]; then set -- lowest pinned newest; fi
 failed=0
 for lane; do
   case $lane in
-    lowest) run_lane lowest "-e .[testing] pytest pytest-xdist" "$folder/lowest.txt" python3.10 ;;
-    pinned) run_lane pinned "-e .[fast,testing] pytest pytest-xdist triton" constraints.txt python3.11 ;;
-    newest) run_lane newest "-e .[fast,testing] pytest pytest-xdist" /dev/null "python3.14 python3.13 python3.12" ;;
+    lowest) run_lane lowest "-e .[offline,testing] pytest pytest-xdist" "$folder/lowest.txt" python3.10 ;;
+    pinned) run_lane pinned "-e .[fast,offline,testing] pytest pytest-xdist triton" constraints.txt python3.11 ;;
+    newest) run_lane newest "-e .[fast,offline,testing] pytest pytest-xdist" /dev/null "python3.14 python3.13 python3.12" ;;
     *) echo "no lane $lane: lowest, pinned, newest" && false ;;
   esac || failed=1
 done
