@@ -119,6 +119,14 @@ def log_scores(logits: Tensor, activation: Activation) -> LogScores:
     return LogScores(F.logsigmoid(logits), F.logsigmoid(-logits))
 
 
+def nothing(logits: Tensor, activation: Activation) -> Tensor:
+    """Logits (channels,) of a query that is certain to see nothing, like those `logits` (..., channels)."""
+    absent = logits.new_full(logits.shape[-1:], _UNKNOWN)
+    if activation == "sigmoid":
+        return absent
+    return absent.where(torch.arange(len(absent), device=logits.device) < len(absent) - 1, 0.0)
+
+
 def class_cost_of(activation: Activation) -> ClassCost:
     """The class cost of :func:`detection_cost` that belongs to a head."""
     return "softmax" if activation == "softmax" else "focal"

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from detr_kd_losses._blocks import COSTS_BUILT, COSTS_SOLVED, in_blocks, slices
 from detr_kd_losses._labels import labels_fit
-from detr_kd_losses._validation import validate_both_predictions, validate_predictions, validate_targets_shape
+from detr_kd_losses._validation import (
+    validate_batch,
+    validate_both_predictions,
+    validate_dtype,
+    validate_ndim,
+    validate_predictions,
+    validate_same_device,
+    validate_same_shape,
+    validate_targets_shape,
+)
 from detr_kd_losses.assignment import linear_sum_assignment
 from detr_kd_losses.costs import box_cost, detection_cost, distillation_cost, distillation_costs
 from detr_kd_losses.heads import Activation, ClassCost, ClassMap
@@ -35,6 +44,7 @@ def match_targets(
     weight_giou: float = 2.0,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    query_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Match queries one-to-one to targets at the least :func:`detection_cost`.
@@ -51,6 +61,7 @@ def match_targets(
         weight_giou: Weight of the negative GIoU.
         alpha: Balance of the focal cost.
         gamma: Focus of the focal cost.
+        query_mask: (..., N) bool, True = a query, False = padding, which gets no target. None: all are queries.
         backend: Solver, by name (:func:`linear_sum_assignment`).
 
     Returns:
@@ -94,8 +105,11 @@ def match_targets(
     labels = target_labels.where(target_labels >= 0, num_classes).where(target_mask, 0)
     targets = (labels.expand(*batch, -1), target_boxes.expand(*batch, -1, -1))
     mask = target_mask.expand(*batch, -1)
+    masks = {"column_mask": mask}
+    if query_mask is not None:
+        masks["row_mask"] = _validated_mask("query_mask", query_mask, "logits", logits)
     solve = partial(linear_sum_assignment, backend=backend)
-    return _in_parts(solve, lambda *tensors: [cost(*tensors)], (logits, boxes, *targets), column_mask=mask)
+    return _in_parts(solve, lambda *tensors: [cost(*tensors)], (logits, boxes, *targets), **masks)
 
 
 @torch.no_grad()
@@ -106,6 +120,7 @@ def match_teacher(
     teacher_boxes: Tensor,
     *,
     teacher_positive: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
     student_activation: Activation = "sigmoid",
     teacher_activation: Activation = "sigmoid",
     class_map: ClassMap | None = None,
@@ -126,6 +141,7 @@ def match_teacher(
         teacher_logits: (..., M, C'), raw.
         teacher_boxes: (..., M, 4), cxcywh in [0, 1].
         teacher_positive: (..., M) bool, True = the teacher's own matching gives the query a target.
+        teacher_mask: (..., M) bool, True = a query, False = padding, which is no partner. None: all are queries.
         student_activation: ``"sigmoid"``, or ``"softmax"`` for a head with "no object" as its last channel.
         teacher_activation: Head of the teacher, ``"sigmoid"`` or ``"softmax"``.
         class_map: Student class of each teacher class, -1 = dropped. None: both have the same classes.
@@ -159,12 +175,17 @@ def match_teacher(
         "weight_giou": weight_giou,
     }
     predictions = (student_logits, student_boxes, teacher_logits, teacher_boxes)
+    masks: dict[str, Tensor] = {}
+    if teacher_mask is not None:
+        name = "column_mask" if teacher_positive is None else "is_query"
+        masks[name] = _validated_mask("teacher_mask", teacher_mask, "teacher_logits", teacher_logits)
     if teacher_positive is None:
         solve = partial(linear_sum_assignment, backend=backend)
-        return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions)
+        return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions, **masks)
     validate_teacher_positive(teacher_positive, teacher_logits)
     solve = partial(_positives_first, backend=backend)
-    return _in_parts(solve, partial(distillation_costs, **options), predictions, column_mask=teacher_positive)
+    masks["column_mask"] = teacher_positive
+    return _in_parts(solve, partial(distillation_costs, **options), predictions, **masks)
 
 
 @torch.no_grad()
@@ -174,6 +195,7 @@ def match_rest(
     teacher_boxes: Tensor,
     teacher_positive: Tensor,
     *,
+    teacher_mask: Tensor | None = None,
     weight_bbox: float = 5.0,
     weight_giou: float = 2.0,
     backend: str = "auto",
@@ -183,19 +205,37 @@ def match_rest(
     cost = partial(box_cost, weight_bbox=weight_bbox, weight_giou=weight_giou)
     boxes = (student_boxes, teacher_boxes)
     masks = {"assignment": assignment, "column_mask": teacher_positive}
+    if teacher_mask is not None:
+        masks["is_query"] = _validated_mask("teacher_mask", teacher_mask, "teacher_boxes", teacher_boxes)
     return _in_parts(solve, lambda *tensors: [cost(*tensors)], boxes, **masks)
 
 
-def _positives_first(cost: Tensor, by_box: Tensor, *, column_mask: Tensor, backend: str) -> Tensor:
+def _positives_first(
+    cost: Tensor, by_box: Tensor, *, column_mask: Tensor, is_query: Tensor | None = None, backend: str
+) -> Tensor:
     """Match the columns in the mask by class and box, then the others by box, with the rows that are left."""
-    positives = linear_sum_assignment(cost, column_mask=column_mask, backend=backend)
-    return _share_rest(by_box, positives, column_mask, backend=backend)
+    positive = column_mask if is_query is None else column_mask & is_query
+    positives = linear_sum_assignment(cost, column_mask=positive, backend=backend)
+    return _share_rest(by_box, positives, column_mask, is_query, backend=backend)
 
 
-def _share_rest(by_box: Tensor, assignment: Tensor, column_mask: Tensor, *, backend: str) -> Tensor:
+def _share_rest(
+    by_box: Tensor, assignment: Tensor, column_mask: Tensor, is_query: Tensor | None = None, *, backend: str
+) -> Tensor:
     """Match the columns outside the mask with the rows that are left."""
-    rest = linear_sum_assignment(by_box, row_mask=assignment < 0, column_mask=~column_mask, backend=backend)
+    others = ~column_mask if is_query is None else ~column_mask & is_query
+    rest = linear_sum_assignment(by_box, row_mask=assignment < 0, column_mask=others, backend=backend)
     return torch.where(assignment >= 0, assignment, rest)
+
+
+def _validated_mask(name: str, mask: Tensor, other: str, predictions: Tensor) -> Tensor:
+    """A mask of queries (..., N), of the leading dimensions of `predictions` (..., N, K)."""
+    validate_dtype(name, mask, torch.bool)
+    validate_ndim(name, mask, 1, "(..., N)")
+    validate_same_shape(name, mask.shape[-1:], other, predictions.shape[-2:-1], "(N,)")
+    validate_batch(name, mask.shape[:-1], other, predictions.shape[:-2])
+    validate_same_device(other, predictions, **{name: mask})
+    return mask.expand(predictions.shape[:-1])
 
 
 def _in_parts(

@@ -61,6 +61,8 @@ class DetectorOutput(NamedTuple):
             predictions for other queries that the student's group has, too.
         group_index: (B, K) int64, which K of the teacher's queries a student's `group` has (:func:`best_queries`).
             None: all of them, in order.
+        query_mask: (B, M) bool of a teacher, True = a query, False = padding, where images have different numbers of
+            queries. Padding teaches nothing. None: all are queries.
 
     Examples:
         >>> output = DetectorOutput(torch.zeros(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
@@ -77,6 +79,7 @@ class DetectorOutput(NamedTuple):
     padding_mask: Tensor | Sequence[Tensor] | None = None
     group: Predictions | None = None
     group_index: Tensor | None = None
+    query_mask: Tensor | None = None
 
     def to(self, device: torch.device | str) -> DetectorOutput:
         """The same on `device`."""
@@ -175,7 +178,8 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
         group = None if output.group is None else Predictions(*(tensor.unsqueeze(0) for tensor in output.group))
         logits, boxes = output.logits.unsqueeze(0), output.boxes.unsqueeze(0)
         # In full: the compiler of PyTorch 2.6 cannot trace `_replace`.
-        output = DetectorOutput(logits, boxes, queries, output.features, output.padding_mask, group)
+        said = output.features, output.padding_mask, group, output.group_index, output.query_mask
+        output = DetectorOutput(logits, boxes, queries, *said)
     if output.logits.ndim != 4:
         msg = f"`{name}.logits` must have shape (L, B, N, C) or (B, N, C), got {tuple(output.logits.shape)}"
         raise ValueError(msg)

@@ -8,9 +8,10 @@ from torch import Tensor
 from detr_kd_losses._labels import labels_fit, nan_unless
 from detr_kd_losses._options import OptionModule, Rules, one_of
 from detr_kd_losses._precision import full_precision
+from detr_kd_losses._validation import validate_dtype, validate_same_device, validate_same_shape
 from detr_kd_losses.assignment import validate_backend
 from detr_kd_losses.costs import COST_RULES
-from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of, num_classes_of
+from detr_kd_losses.heads import Activation, ClassCost, Heads, class_cost_of, nothing, num_classes_of
 from detr_kd_losses.losses.features.projection import Levels, as_levels, resized_mask
 from detr_kd_losses.matching import match_targets
 from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, validate_step, with_stages
@@ -63,10 +64,13 @@ class TargetMatching(OptionModule):
             backend=backend,
         )
 
-    def forward(self, predictions: Predictions, targets: Targets, activation: Activation) -> Tensor:
+    def forward(
+        self, predictions: Predictions, targets: Targets, activation: Activation, query_mask: Tensor | None = None
+    ) -> Tensor:
         """The target of each query (..., N), -1 = none, of predictions of a head with that activation."""
         class_cost = class_cost_of(activation) if self.class_cost is None else self.class_cost
-        return match_targets(*predictions, *targets, **{**self.options, "class_cost": class_cost})
+        options = {**self.options, "class_cost": class_cost}
+        return match_targets(*predictions, *targets, query_mask=query_mask, **options)
 
 
 class Step:
@@ -108,6 +112,10 @@ class Step:
         self.targets = targets
         validate_step(self.student, self.teacher, targets)
         self.heads = Heads() if heads is None else heads
+        if self.student.query_mask is not None:
+            msg = "`student.query_mask` must be None, for all queries of a student learn, got a tensor"
+            raise ValueError(msg)
+        self.teacher = _without_padding(self.teacher, self.heads.teacher)
         num_classes = num_classes_of(self.student.logits, self.heads.student)
         self._labels_fit = labels_fit(targets.labels, targets.mask, num_classes)
         self._teacher_matching = TargetMatching() if teacher_matching is None else teacher_matching
@@ -142,7 +150,9 @@ class Step:
         """The target (L_T, B, M) of each teacher query, -1 = none."""
         if self._teacher_assignment is None:
             teacher = Predictions(self.teacher_logits, self.teacher.boxes)
-            self._teacher_assignment = self._teacher_matching(teacher, self.known_targets, self.heads.teacher)
+            self._teacher_assignment = self._teacher_matching(
+                teacher, self.known_targets, self.heads.teacher, self.teacher.query_mask
+            )
         return self._teacher_assignment
 
     @property
@@ -183,6 +193,23 @@ class Step:
             value = getattr(self.student, field)
             said += [value] if isinstance(value, Tensor) else [] if value is None else value
         return torch.stack([full_precision(tensor[..., :0]).sum() for tensor in said]).sum()
+
+
+def _without_padding(teacher: DetectorOutput, activation: Activation) -> DetectorOutput:
+    """The teacher's outputs, with stages, where padded queries are certain of nothing, whatever they held."""
+    mask = teacher.query_mask
+    if mask is None:
+        return teacher
+    validate_dtype("teacher.query_mask", mask, torch.bool)
+    shape = teacher.logits.shape[1:3]
+    validate_same_shape("teacher.query_mask", mask.shape, "teacher.logits", shape, "(B, M)")
+    validate_same_device("teacher.logits", teacher.logits, **{"teacher.query_mask": mask})
+    column = mask.unsqueeze(-1)
+    logits = torch.where(column, teacher.logits, nothing(teacher.logits, activation))
+    queries = None if teacher.queries is None else teacher.queries.where(column, 0.0)
+    boxes = teacher.boxes.where(column, 0.0)
+    said = teacher.features, teacher.padding_mask, teacher.group, teacher.group_index, mask
+    return DetectorOutput(logits, boxes, queries, *said)
 
 
 def _of_size(masks: Levels, features: Levels) -> list[Tensor]:

@@ -104,7 +104,8 @@ class TestViews:
         output = outputs()
         output.boxes[-1, 0, :4, 0] = 0.9  # four of six queries leave the first image
         view = Geometry().crop(0, 0, 0.8, 1)
-        loaded = through_files(tmp_path, output, view, Geometry(), activation=activation)
+        loaded = through_files(tmp_path, output, view, Geometry(), activation=activation, unequal="cut")
+        assert loaded.query_mask is None
         assert loaded.logits.shape == (LAYERS, BATCH, 2, CLASSES)
         last = output.logits[-1, 1]
         confidence = last.sigmoid() if activation == "sigmoid" else last.softmax(-1)[:, :-1]

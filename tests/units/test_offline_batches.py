@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
+from detr_kd_losses.training.geometry import Geometry
 from detr_kd_losses.training.offline import OfflineTeacher, save_predictions
 
 from support.offline import CHANNELS, at, outputs
@@ -64,3 +65,45 @@ class TestMixedBatches:
         output = at([0.5, 0.5, 0.1, 0.1], [0.6, 0.5, 0.1, 0.1], score=[-1e9, float("-inf")])
         save_predictions(tmp_path, [0], output, dtype=torch.float16)
         assert OfflineTeacher(tmp_path)([0]).logits.flatten().tolist() == [-65504.0, float("-inf")]
+
+
+class TestUnequalNumbers:
+    """Images that keep different numbers of queries."""
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+    def test_are_padded(self, tmp_path: Path, activation: Any) -> None:
+        output = outputs()
+        output.boxes[-1, 0, 1:5, 0] = 0.9  # four of six queries leave the first image
+        save_predictions(tmp_path, [0, 1], output, activation=activation, dtype=torch.float16)
+        loaded = OfflineTeacher(tmp_path)([0, 1], [Geometry().crop(0, 0, 0.8, 1), Geometry()])
+        assert loaded.query_mask.tolist() == [[True] * 2 + [False] * 4, [True] * 6]
+        assert_close(loaded.logits[:, 0, :2], output.logits[:, 0, [0, 5]].half(), rtol=0, atol=0)
+        assert_close(loaded.queries[:, 1], output.queries[:, 1].half(), rtol=0, atol=0)
+        assert loaded.boxes[:, 0, 2:].eq(0).all()
+        said = dkl.pseudo_targets(loaded.logits, loaded.boxes, threshold=1e-3, max_targets=9, activation=activation)
+        assert said.mask.sum(-1).tolist() == [2, 6]
+
+    def test_of_other_files(self, tmp_path: Path) -> None:
+        whole = outputs()
+        for name, number in (("a", 2), ("b", 5)):
+            one = dkl.DetectorOutput(whole.logits[:, :1], whole.boxes[:, :1])
+            save_predictions(tmp_path, [name], one, topk=number, activation="sigmoid")
+        loaded = OfflineTeacher(tmp_path)(["b", "a"])
+        assert loaded.query_mask.sum(-1).tolist() == [5, 2]
+        assert_close(loaded.logits[:, 0, :2], loaded.logits[:, 1, :2])
+        cut = OfflineTeacher(tmp_path, unequal="cut")(["b", "a"])
+        assert cut.query_mask is None
+        assert_close(cut.logits, loaded.logits[:, :, :2])
+
+    def test_no_query_at_all(self, tmp_path: Path) -> None:
+        save_predictions(tmp_path, [0, 1], outputs())
+        away = Geometry().crop(0.95, 0.95, 1, 1)
+        loaded = OfflineTeacher(tmp_path)([0, 1], [away, Geometry()])
+        assert loaded.query_mask.sum(-1).tolist() == [0, 6]
+        loaded = OfflineTeacher(tmp_path)([0, 1], [away, away])
+        assert loaded.logits.shape[2] == 0
+        assert loaded.query_mask is None
+
+    def test_unknown_choice(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="`unequal` must be one of 'pad', 'cut', got 'crop'"):
+            OfflineTeacher(tmp_path, unequal="crop")

@@ -105,7 +105,7 @@ class TestErrors:
         for name in (0, 1):
             save_predictions(tmp_path, [name], output._replace(logits=logits), activation="softmax")
         views = [Geometry(), Geometry().crop(0.5, 0, 1, 1)]
-        assert_close(OfflineTeacher(tmp_path)([0, 1], views).logits[:, 0], logits[:, 0, 1:])
+        assert_close(OfflineTeacher(tmp_path, unequal="cut")([0, 1], views).logits[:, 0], logits[:, 0, 1:])
 
     @pytest.mark.parametrize(
         ("activation", "classes"), [("sigmoid", CLASSES), ("softmax", CLASSES - 1), (None, CLASSES)]

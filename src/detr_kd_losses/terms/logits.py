@@ -170,7 +170,8 @@ class LogitsTerm(Term):
             return assignment
         boxes = step.student.boxes, teacher.boxes
         weights = {"weight_bbox": self.cost_bbox, "weight_giou": self.cost_giou}
-        return match_rest(assignment, *boxes, assigned >= 0, backend=self.backend, **weights)
+        mask = step.teacher.query_mask
+        return match_rest(assignment, *boxes, assigned >= 0, teacher_mask=mask, backend=self.backend, **weights)
 
     def _match_directly(self, step: Step, teacher: Predictions, assigned: Tensor) -> Tensor:
         """The teacher query (L, B, N) of each student query, by what both predict."""
@@ -183,6 +184,7 @@ class LogitsTerm(Term):
             step.student.boxes,
             *teacher,
             teacher_positive=positive,
+            teacher_mask=step.teacher.query_mask,
             weight_class=self.cost_class,
             weight_bbox=self.cost_bbox,
             weight_giou=self.cost_giou,

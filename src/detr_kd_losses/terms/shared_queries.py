@@ -91,6 +91,12 @@ class SharedQueryTerm(Term):
         if group is None:
             msg = "`student.group` must be given where `teacher.group` is, got None"
             raise ValueError(msg)
+        if shared is None and step.teacher.query_mask is not None and self.weighting == "uniform":
+            msg = (
+                "`teacher.query_mask` must be None for shared queries with weighting='uniform', in which padding would "
+                "count (set weighting='confidence', or unequal='cut' of the OfflineTeacher), got a tensor"
+            )
+            raise ValueError(msg)
         if shared is None:
             shared = Predictions(*map(step.of_group, (step.teacher.logits, step.teacher.boxes)))
         queries = shared.logits.shape[1:3]

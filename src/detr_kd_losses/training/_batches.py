@@ -40,6 +40,25 @@ def validate_batch(image_ids: Sequence[int | str], images: Sequence[dict[str, An
                 raise ValueError(msg)
 
 
+QUERY_FIELDS = ("logits", "boxes", "queries")
+
+
+def select(image: dict[str, Any], index: Tensor) -> None:
+    """Keep the queries of an image that `index` names."""
+    for name in QUERY_FIELDS:
+        image[name] = None if image[name] is None else image[name][..., index, :]
+
+
+def pad(image: dict[str, Any], number: int, logits: Tensor) -> None:
+    """Add queries until the image has so many, with these `logits` (channels,), boxes and outputs of 0."""
+    missing = number - image["logits"].shape[-2]
+    for name in QUERY_FIELDS if missing else ():
+        if image[name] is not None:
+            image[name] = F.pad(image[name], (0, 0, 0, missing))
+    if missing:
+        image["logits"][..., -missing:, :] = logits
+
+
 def stack(images: Sequence[dict[str, Any]], name: str) -> Tensor:
     """A field (..., M, K) of all images, (..., B, M, K)."""
     return torch.stack(_in_widest([image[name] for image in images]), dim=-3)

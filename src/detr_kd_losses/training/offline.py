@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from detr_kd_losses._validation import validate_choice, validate_count
 from detr_kd_losses.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from detr_kd_losses.heads import ACTIVATIONS, Activation, num_classes_of
+from detr_kd_losses.heads import ACTIVATIONS, Activation, nothing, num_classes_of
 from detr_kd_losses.outputs import DetectorOutput
 from detr_kd_losses.training import _batches, _files
 from detr_kd_losses.training._contents import what_is_wrong
@@ -35,8 +35,8 @@ class OfflineTeacher:
     `collate_fn`. An image that has a file of its own is read from that, else from the newest file that has it.
 
     Queries whose box of the last layer has its centre outside the view are dropped, the rest of a box that leaves it
-    is cut off. All images of a batch keep the same number of queries: that of the image with the fewest, the most
-    confident first.
+    is cut off. Where images of a batch then have different numbers of queries, they are padded to the most, with
+    queries that are certain of nothing and a `query_mask`, which every term honours.
 
     Args:
         folder: The folder of the predictions.
@@ -45,6 +45,8 @@ class OfflineTeacher:
         features: Whether to load the features. Where images have maps of different sizes, all get the largest, and a
             padding mask.
         num_classes: Number of classes that the predictions must have, without "no object". None: any.
+        unequal: What becomes of images with different numbers of queries: ``"pad"``, or ``"cut"``, which leaves all
+            as many as the image with the fewest has, the most confident first, and needs no mask.
 
     Examples:
         >>> import tempfile
@@ -63,7 +65,9 @@ class OfflineTeacher:
         activation: Activation | None = None,
         features: bool = False,
         num_classes: int | None = None,
+        unequal: Literal["pad", "cut"] = "pad",
     ) -> None:
+        validate_choice("unequal", unequal, ("pad", "cut"))
         if activation is not None:
             validate_choice("activation", activation, ACTIVATIONS)
         if num_classes is not None:
@@ -72,6 +76,7 @@ class OfflineTeacher:
         self.activation = activation
         self.features = features
         self.num_classes = num_classes
+        self.unequal = unequal
         self._shards = Shards(self.folder)
 
     def __call__(
@@ -98,22 +103,32 @@ class OfflineTeacher:
             raise ValueError(msg)
         images = [self._load(image_id, view) for image_id, view in zip(names, views, strict=True)]
         _batches.validate_batch(names, images)
-        kept = min(int(image["inside"].sum()) for image in images)
-        for image in images:
-            if kept < len(image["inside"]):
-                confidence = _confidence(image["logits"], image["activation"] or "sigmoid").masked_fill(
-                    ~image["inside"], -torch.inf
-                )
-                best = confidence.topk(kept).indices
-                for name in ("logits", "boxes", "queries"):
-                    image[name] = None if image[name] is None else image[name][..., best, :]
+        mask = self._make_even(images)
         return DetectorOutput(
             logits=_batches.stack(images, "logits"),
             boxes=_batches.stack(images, "boxes"),
             queries=None if images[0]["queries"] is None else _batches.stack(images, "queries"),
             features=_batches.stack_features(images) if self.features else None,
             padding_mask=_batches.stack_masks(images) if self.features else None,
+            query_mask=mask,
         )
+
+    def _make_even(self, images: list[dict[str, Any]]) -> Tensor | None:
+        """Give all images the same number of queries; the mask (B, M) of those that are none, if there are some."""
+        numbers = [int(image["inside"].sum()) for image in images]
+        fewest, most = min(numbers), max(numbers)
+        for image, number in zip(images, numbers, strict=True):
+            head: Activation = image["activation"] or "sigmoid"
+            if self.unequal == "cut" and fewest < len(image["inside"]):
+                confidence = _confidence(image["logits"], head).masked_fill(~image["inside"], -torch.inf)
+                _batches.select(image, confidence.topk(fewest).indices)
+            elif self.unequal == "pad":
+                if number < len(image["inside"]):
+                    _batches.select(image, image["inside"].nonzero().squeeze(-1))
+                _batches.pad(image, most, nothing(image["logits"], head))
+        if self.unequal == "cut" or fewest == most:
+            return None
+        return torch.arange(most) < torch.tensor(numbers).unsqueeze(-1)
 
     def _load(self, image_id: int | str, view: Geometry) -> dict[str, Any]:
         """Predictions for one image, their boxes in the student's view."""
