@@ -70,14 +70,15 @@ MUTANTS = [
         ("columns not renumbered", "matched_columns = columns[matched_columns]", "pass", solver("masks")),
     ),
     *faults(
-        dkl.match_targets, ("target mask forgotten", "column_mask=mask", "column_mask=None", targets("target_padding"))
+        dkl.match_targets,
+        ("target mask forgotten", '"column_mask": mask', '"column_mask": mask | True', targets("target_padding")),
     ),
     *faults(
         matching._positives_first,
         (
             "negatives matched before positives",
-            "column_mask=column_mask",
-            "column_mask=~column_mask",
+            "column_mask=positive",
+            "column_mask=~positive",
             teacher("optimal"),
         ),
     ),
