@@ -13,6 +13,8 @@ from detr_kd_losses.boxes import (
 from detr_kd_losses.costs import detection_cost, distillation_cost
 from detr_kd_losses.criterion import DETRDistillationLoss
 from detr_kd_losses.heads import Heads, map_class_logits
+from detr_kd_losses.losses.box_distributions.bins import rebin_box_distribution
+from detr_kd_losses.losses.box_distributions.loss import BoxDistributionLoss, box_distribution_loss
 from detr_kd_losses.losses.detection import DetectionLoss, detection_loss
 from detr_kd_losses.losses.features.levels import box_mask
 from detr_kd_losses.losses.features.loss import TargetAwareFeatureLoss, target_aware_feature_loss
@@ -28,11 +30,12 @@ from detr_kd_losses.losses.query_group import (
 )
 from detr_kd_losses.losses.shared_queries import SharedQueryDistillationLoss, shared_query_distillation_loss
 from detr_kd_losses.matching import match_targets, match_teacher
-from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets, pad_targets
+from detr_kd_losses.outputs import BoxDistributions, DetectorOutput, Predictions, Targets, pad_targets
 from detr_kd_losses.pairs import assignment_to_indices, invert_assignment, match_through_targets
 from detr_kd_losses.stages import select_stages
 from detr_kd_losses.step import Step, TargetMatching
 from detr_kd_losses.term import Term
+from detr_kd_losses.terms.box_distributions import BoxDistributionTerm
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.plain_features import PlainFeatureTerm
@@ -59,6 +62,9 @@ from detr_kd_losses.weights import best_queries, confidence_weight, localization
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoxDistributionLoss",
+    "BoxDistributionTerm",
+    "BoxDistributions",
     "DETRDistillationLoss",
     "DetectionLoss",
     "DetectorOutput",
@@ -92,6 +98,7 @@ __all__ = [
     "best_queries",
     "box_area",
     "box_cxcywh_to_xyxy",
+    "box_distribution_loss",
     "box_iou",
     "box_mask",
     "box_xyxy_to_cxcywh",
@@ -124,6 +131,7 @@ __all__ = [
     "pseudo_targets",
     "query_group_attention_mask",
     "query_quality",
+    "rebin_box_distribution",
     "save_predictions",
     "select_backend",
     "select_stages",

@@ -15,11 +15,17 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def shared_precision(*tensors: Tensor) -> list[Tensor]:
-    """All tensors in the widest of their floating dtypes, at least float32."""
+def shared_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest of the floating dtypes of the tensors, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def shared_precision(*tensors: Tensor) -> list[Tensor]:
+    """All tensors in the widest of their floating dtypes, at least float32."""
+    dtype = shared_dtype(*tensors)
     return [tensor.to(dtype) for tensor in tensors]
 
 

@@ -19,9 +19,9 @@ from detr_kd_losses._validation import (
     validate_targets_shape,
 )
 
-__all__ = ["DetectorOutput", "Predictions", "Targets", "pad_targets"]
+__all__ = ["BoxDistributions", "DetectorOutput", "Predictions", "Targets", "pad_targets"]
 
-Record = TypeVar("Record", bound="Predictions | DetectorOutput | Targets")
+Record = TypeVar("Record", bound="Predictions | BoxDistributions | DetectorOutput | Targets")
 
 
 class Predictions(NamedTuple):
@@ -48,6 +48,35 @@ class Predictions(NamedTuple):
         return _described(self)
 
 
+class BoxDistributions(NamedTuple):
+    """Where a head of D-FINE's kind expects the edges of each box, and what its numbers are about.
+
+    Attributes:
+        logits: (L, B, N, 4 (R + 1)), raw, edges left, top, right, bottom: a softmax over the bins of each edge.
+        references: (L, B, N, 4), cxcywh in [0, 1]: the boxes whose edges are moved, the same in all layers of D-FINE.
+        bins: (R + 1,), ascending: the model's weighting function.
+        scale: The model's ``reg_scale``: bin `W` is `W / scale` widths away from the edge of the reference.
+
+    Examples:
+        >>> BoxDistributions(torch.zeros(6, 2, 300, 132), torch.rand(6, 2, 300, 4), torch.linspace(-4, 4, 33), 4.0)
+        BoxDistributions(logits=(6, 2, 300, 132) float32 cpu, references=(6, 2, 300, 4) float32 cpu, \
+bins=(33,) float32 cpu, scale=4.0)
+    """
+
+    logits: Tensor
+    references: Tensor
+    bins: Tensor
+    scale: Tensor | float
+
+    def to(self, device: torch.device | str) -> BoxDistributions:
+        """The same on `device`."""
+        return _moved(self, device)
+
+    def __repr__(self) -> str:
+        """Show names, shapes, dtypes and devices, no numbers but a scale that is one."""
+        return _described(self)
+
+
 class DetectorOutput(NamedTuple):
     """What a detector says about a batch, decoder layer by decoder layer.
 
@@ -63,6 +92,7 @@ class DetectorOutput(NamedTuple):
             None: all of them, in order.
         query_mask: (B, M) bool of a teacher, True = a query, False = padding, where images have different numbers of
             queries. Padding teaches nothing. None: all are queries.
+        distributions: Those of the edges of the boxes, for the loss of box distributions.
 
     Examples:
         >>> output = DetectorOutput(torch.zeros(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
@@ -80,6 +110,7 @@ class DetectorOutput(NamedTuple):
     group: Predictions | None = None
     group_index: Tensor | None = None
     query_mask: Tensor | None = None
+    distributions: BoxDistributions | None = None
 
     def to(self, device: torch.device | str) -> DetectorOutput:
         """The same on `device`."""
@@ -172,6 +203,9 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
         validate_predictions(f"{name}.group.", *output.group)
     if output.group_index is not None:
         _validate_group_index(name, output)
+    if output.distributions is not None:
+        remedy = "BoxDistributions(logits, references, bins, scale)"
+        validate_record(f"{name}.distributions", output.distributions, BoxDistributions, remedy)
     validate_predictions(f"{name}.", output.logits, output.boxes)
     if output.logits.ndim == 3:
         queries = None if output.queries is None else output.queries.unsqueeze(0)
@@ -179,11 +213,19 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
         logits, boxes = output.logits.unsqueeze(0), output.boxes.unsqueeze(0)
         # In full: the compiler of PyTorch 2.6 cannot trace `_replace`.
         said = output.features, output.padding_mask, group, output.group_index, output.query_mask
-        output = DetectorOutput(logits, boxes, queries, *said)
+        output = DetectorOutput(logits, boxes, queries, *said, _with_stage(output.distributions))
     if output.logits.ndim != 4:
         msg = f"`{name}.logits` must have shape (L, B, N, C) or (B, N, C), got {tuple(output.logits.shape)}"
         raise ValueError(msg)
     return output
+
+
+def _with_stage(distributions: BoxDistributions | None) -> BoxDistributions | None:
+    """Distributions of one layer, with its dimension."""
+    if distributions is None:
+        return None
+    logits, references, bins, scale = distributions
+    return BoxDistributions(logits.unsqueeze(0), references.unsqueeze(0), bins, scale)
 
 
 def _validate_group_index(name: str, output: DetectorOutput) -> None:
@@ -213,7 +255,7 @@ def _each(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Apply `function` to a field: a tensor, levels of tensors, a record, or None."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Predictions | DetectorOutput | Targets):
+    if isinstance(value, Predictions | BoxDistributions | DetectorOutput | Targets):
         return type(value)(*(_each(function, field) for field in value))
     return [_each(function, level) for level in value] if isinstance(value, list | tuple) else value
 
@@ -223,7 +265,7 @@ def _moved(record: Record, device: torch.device | str) -> Record:
     return moved
 
 
-def _described(record: Predictions | DetectorOutput | Targets) -> str:
+def _described(record: Predictions | BoxDistributions | DetectorOutput | Targets) -> str:
     fields = ((name, value) for name, value in zip(record._fields, record, strict=True) if value is not None)
     shown = (f"{name}={_shown(value)}" for name, value in fields)
     return f"{type(record).__name__}({', '.join(shown)})"
@@ -235,4 +277,4 @@ def _shown(value: object) -> str:
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} {value.device}"
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
-    return repr(value) if isinstance(value, Predictions) else type(value).__name__
+    return repr(value) if isinstance(value, Predictions | BoxDistributions | float) else type(value).__name__

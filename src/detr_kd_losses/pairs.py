@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses._labels import validate_partners
+from detr_kd_losses._reduction import masked_sum, replica_means, replica_weight, sum_last
 from detr_kd_losses._validation import (
     validate_dtype,
     validate_floating,
@@ -39,23 +40,22 @@ def validate_teacher_positive(teacher_positive: Tensor, teacher_logits: Tensor) 
     validate_same_device("teacher_logits", teacher_logits, teacher_positive=teacher_positive)
 
 
-def validate_teacher_weight(teacher_weight: Tensor, teacher_logits: Tensor) -> None:
-    """Raise unless `teacher_weight` is floating and (L, B, M) or (B, M), as `teacher_logits` (L, B, M, C)."""
+def validate_teacher_weight(teacher_weight: Tensor | None, name: str, teacher: Tensor, trailing: int = 1) -> None:
+    """Raise unless `teacher_weight`, if given, is floating and (L, B, M) or (B, M), as the argument `name`."""
+    if teacher_weight is None:
+        return
     validate_floating("teacher_weight", teacher_weight)
-    shape, teacher = tuple(teacher_weight.shape), tuple(teacher_logits.shape)
-    if shape not in (teacher[:-1], teacher[-3:-1]):
-        msg = (
-            "`teacher_weight` must have the dimensions (L, B, M) or (B, M) of `teacher_logits` "
-            f"{teacher[:-1]}, got {shape}"
-        )
+    shape, queries = tuple(teacher_weight.shape), tuple(teacher.shape[: teacher.ndim - trailing])
+    if shape not in (queries, queries[-2:]):
+        msg = f"`teacher_weight` must have the dimensions (L, B, M) or (B, M) of `{name}` {queries}, got {shape}"
         raise ValueError(msg)
-    validate_same_device("teacher_logits", teacher_logits, teacher_weight=teacher_weight)
+    validate_same_device(name, teacher, teacher_weight=teacher_weight)
 
 
-def validate_batched(name: str, logits: Tensor) -> None:
-    """Raise unless `logits` have a batch dimension, and perhaps stages before it."""
-    if logits.ndim not in (3, 4):
-        msg = f"`{name}` must have shape (L, B, N, C) or (B, N, C), got {tuple(logits.shape)}"
+def validate_batched(name: str, tensor: Tensor, trailing: str = "C") -> None:
+    """Raise unless `tensor` has queries, a batch dimension, and perhaps stages before it; `trailing` names the rest."""
+    if tensor.ndim - len(trailing.split(",")) not in (2, 3):
+        msg = f"`{name}` must have shape (L, B, N, {trailing}) or (B, N, {trailing}), got {tuple(tensor.shape)}"
         raise ValueError(msg)
 
 
@@ -77,6 +77,28 @@ def weight_of_partners(weight: Tensor, assignment: Tensor) -> Tensor:
     """The `weight` (..., M), perhaps without stages, of the partner of each query (..., N); 0 of unmatched ones."""
     weight = weight.expand(*assignment.shape[:-1], -1)
     return gather_partners(weight, assignment).where(assignment >= 0, 0.0)
+
+
+def weigh_pairs(assignment: Tensor, teacher_weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`assignment` (..., N) without the partners of weight 0, and the weight of each partner (..., N), if there are."""
+    if teacher_weight is None:
+        return assignment, None
+    weight = weight_of_partners(teacher_weight.detach().to(dtype), assignment)
+    return assignment.where(weight != 0, -1), weight
+
+
+def count_pairs(pairs: Tensor, dtype: torch.dtype, weight: Tensor | None, *, sync: bool) -> Tensor:
+    """What sums over the `pairs` (..., B, N) of each layer are divided by: their number, or all their weight."""
+    if weight is None:
+        (counts,) = replica_means(sum_last(pairs.to(dtype), 2), sync=sync)
+        return counts
+    return replica_weight(masked_sum(weight, pairs, 2), sync=sync)
+
+
+def mean_over_pairs(term: Tensor, pairs: Tensor, weight: Tensor | None, *, sync: bool) -> Tensor:
+    """Weighted mean of `term` (..., B, N) over the `pairs` of each layer, layers added."""
+    counts = count_pairs(pairs, term.dtype, weight, sync=sync)
+    return (masked_sum(term if weight is None else weight * term, pairs, 2) / counts).sum()
 
 
 def box_terms(boxes: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:

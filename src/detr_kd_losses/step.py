@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -177,6 +179,15 @@ class Step:
         mask = own if teacher.padding_mask is None else teacher.padding_mask
         return student.features, teacher.features, own, None if mask is None else _of_size(mask, teacher.features)
 
+    def given_by_both(self, field: str) -> tuple[Any, Any]:
+        """A field of the outputs of student and teacher, which must give it together."""
+        given = getattr(self.student, field), getattr(self.teacher, field)
+        for missing, other, value in zip(("student", "teacher"), ("teacher", "student"), given, strict=True):
+            if value is None:
+                msg = f"`{missing}.{field}` must be given where `{other}.{field}` is, got None"
+                raise ValueError(msg)
+        return given
+
     def of_group(self, teacher: Tensor) -> Tensor:
         """What of the teacher's (L_T, B, M, ...) belongs to the queries of the student's group."""
         index = self.student.group_index
@@ -191,7 +202,8 @@ class Step:
         said = [self.student.logits, self.student.boxes]
         for field in fields:
             value = getattr(self.student, field)
-            said += [value] if isinstance(value, Tensor) else [] if value is None else value
+            each = () if value is None else [value] if isinstance(value, Tensor) else value
+            said += [tensor for tensor in each if isinstance(tensor, Tensor) and tensor.ndim]
         return torch.stack([full_precision(tensor[..., :0]).sum() for tensor in said]).sum()
 
 

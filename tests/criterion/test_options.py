@@ -22,6 +22,7 @@ HOMES = {loss.function: loss.term for loss in LOSSES.values() if not isinstance(
     dkl.match_targets: dkl.TargetMatching,
 }
 DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask"}
+DATA |= {f"{model}_{what}" for model in ("student", "teacher") for what in ("bins", "scale")}
 RENAMED = {
     (dkl.match_teacher, "weight_class"): "cost_class",
     (dkl.match_teacher, "weight_bbox"): "cost_bbox",
@@ -67,8 +68,8 @@ def make_criterion(owner, **options):
 
 def make_step(heads):
     channels = C + (heads.student == "softmax"), C + (heads.teacher == "softmax")
-    student = make_output(0, 3, 12, group=9, channels=channels[0], requires_grad=True)
-    return student, make_output(1, 6, 9, channels=channels[1]), make_targets()
+    student = make_output(0, 3, 12, group=9, channels=channels[0], bins=5, requires_grad=True)
+    return student, make_output(1, 6, 9, channels=channels[1], bins=7), make_targets()
 
 
 def result(criterion):

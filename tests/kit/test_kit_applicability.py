@@ -16,6 +16,7 @@ from detr_kd_losses.testing import loss_laws, signatures
 from detr_kd_losses.testing.arguments import Arguments, Signature
 from detr_kd_losses.testing.law import Law, law, laws_by_name
 from detr_kd_losses.testing.makers import cost_arguments, distillation_arguments
+from detr_kd_losses.testing.pair_makers import BINS, SCALE
 from detr_kd_losses.testing.signatures import COSTS
 from detr_kd_losses.testing.subject import MissingError, Subject
 
@@ -209,6 +210,7 @@ def test_no_law_passes_a_function_without_any_keyword_by_a_type_error(law):
         "DETECTION": dkl.detection_loss,
         "FEATURES": dkl.target_aware_feature_loss,
         "PLAIN_FEATURES": dkl.feature_distillation_loss,
+        "BOX_DISTRIBUTIONS": partial(dkl.box_distribution_loss, student_bins=BINS, student_scale=SCALE),
         "CRITERION": dkl.DETRDistillationLoss(),
     }
     function = ours[next(name for name in ours if getattr(signatures, name) == law.signature)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 
 import detr_kd_losses as dkl
 from detr_kd_losses import testing
 from detr_kd_losses.testing import checks, signatures
+from detr_kd_losses.testing.pair_makers import BINS, SCALE
 from detr_kd_losses.testing.subject import Subject
 
 OURS = {
@@ -35,6 +37,11 @@ OURS = {
         dkl.feature_distillation_loss,
         testing.PLAIN_FEATURE_LAWS,
         testing.check_feature_distillation_loss,
+    ),
+    "BOX_DISTRIBUTIONS": (
+        partial(dkl.box_distribution_loss, student_bins=BINS, student_scale=SCALE),
+        testing.BOX_DISTRIBUTION_LAWS,
+        testing.check_box_distribution_loss,
     ),
     "TARGET_MATCHING": (dkl.match_targets, testing.TARGET_MATCHING_LAWS, testing.check_match_targets),
     "TEACHER_MATCHING": (dkl.match_teacher, testing.TEACHER_MATCHING_LAWS, testing.check_match_teacher),

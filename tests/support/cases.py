@@ -82,7 +82,9 @@ def distillation(
 
 def weighted(case: Case, *, stages: bool = True, seed: int = 0) -> Case:
     """A case of distillation with weights of the teacher queries, some of them 0; without `stages`, of all alike."""
-    shape = case["teacher_logits"].shape[:-1] if stages else case["teacher_logits"].shape[-3:-1]
+    teacher = next(value for name, value in case.items() if name.startswith("teacher_"))
+    shape = teacher.shape[: case["assignment"].ndim]
+    shape = shape if stages else shape[-2:]
     weight = 2 * np.random.default_rng(seed).random(shape) - 0.4
     return {**case, "teacher_weight": weight.clip(0.0)}
 
@@ -92,6 +94,26 @@ def published_weights() -> Case:
     case = of_teacher(detection(queries=9, seed=3))
     case["target_boxes"][0, :2] = case["teacher_boxes"][0, 0, :2]
     return case
+
+
+def box_distributions(
+    *, stages: int | None = STAGES, students: int = 5, teachers: int = 4, own_bins: bool = True, seed: int = 0
+) -> Case:
+    """Box distributions of a student and of a teacher; `own_bins`: the teacher has others, and another scale."""
+    rng = np.random.default_rng(seed)
+    lead = (IMAGES,) if stages is None else (stages, IMAGES)
+    student_bins, teacher_bins = np.array([-4.0, -1.0, 0.0, 0.7, 4.0]), np.array([-3.0, -0.5, 0.2, 3.0])
+    teachers_bins = teacher_bins if own_bins else student_bins
+    case = {
+        "student_distributions": 2 * rng.normal(size=(*lead, students, 4 * len(student_bins))),
+        "student_references": random_boxes(rng, *lead, students),
+        "teacher_distributions": 2 * rng.normal(size=(*lead, teachers, 4 * len(teachers_bins))),
+        "teacher_references": random_boxes(rng, *lead, teachers),
+        "assignment": random_assignment(rng, lead, students, np.ones((*lead, teachers), dtype=bool)),
+        "student_bins": student_bins,
+        "student_scale": np.array(4.0),
+    }
+    return case | ({"teacher_bins": teacher_bins, "teacher_scale": np.array(3.0)} if own_bins else {})
 
 
 def predictions_only(case: Case) -> Case:

@@ -14,6 +14,7 @@ from torch import nn
 
 import detr_kd_losses as dkl
 from detr_kd_losses import testing
+from detr_kd_losses.testing.pair_makers import BINS, SCALE
 
 from support import cases, oracles
 
@@ -66,6 +67,18 @@ class Loss:
 
 
 OF_EVERY_TERM = {"weight": 0.5, "prefix": "loss_other_"}
+# Their default matching is by targets, which has no cost but that of negatives by box.
+_BY_COST = {"matching": "positives_first", "negatives": "by_box", "weighting": "uniform"}
+OF_EVERY_PAIRED_TERM = {
+    "matching": "joint",
+    "negatives": "by_box",
+    "weighting": "confidence",
+    "cost_class": (30.0, _BY_COST),
+    "cost_bbox": (0.0, _BY_COST),
+    "cost_giou": (30.0, _BY_COST),
+    "backend": ("counting", _BY_COST),
+    "stage_map": "last",
+}
 SOFTMAX = {"student_activation": "softmax", "teacher_activation": "softmax"}
 # What a cross-entropy gives up, which has the teacher's entropy as its least value, and so does a student whose head
 # cannot say what the teacher's does.
@@ -275,9 +288,35 @@ PLAIN_FEATURES = Loss(
     ),
 )
 
+BOX_DISTRIBUTIONS = Loss(
+    dkl.box_distribution_loss,
+    dkl.BoxDistributionLoss,
+    dkl.BoxDistributionTerm,
+    OF_EVERY_TERM | OF_EVERY_PAIRED_TERM | {"temperature": 2.0, "sync_normalizer": False},
+    wrt=("student_distributions",),
+    trials={
+        "box distributions": Trial(cases.box_distributions(), {"temperature": 2.0}),
+        "box distributions, same bins": Trial(cases.box_distributions(own_bins=False), {}),
+        "box distributions, weighted": Trial(cases.weighted(cases.box_distributions(seed=1)), {"temperature": 0.5}),
+    },
+    laws=testing.BOX_DISTRIBUTION_LAWS,
+    held_to=(
+        HeldTo(dkl.box_distribution_loss, {"student_bins": BINS, "student_scale": SCALE}),
+        HeldTo(dkl.box_distribution_loss, {"student_bins": BINS, "student_scale": SCALE, "temperature": 3.0}),
+    ),
+)
+
 LOSSES = {
     loss.name: loss
-    for loss in (HUNGARIAN_DISTILLATION, SHARED_QUERIES, DETECTION, QUERY_GROUP, FEATURES, PLAIN_FEATURES)
+    for loss in (
+        HUNGARIAN_DISTILLATION,
+        SHARED_QUERIES,
+        DETECTION,
+        QUERY_GROUP,
+        FEATURES,
+        PLAIN_FEATURES,
+        BOX_DISTRIBUTIONS,
+    )
 }
 # Every trial of every loss, by the name of the trial.
 TRIALS = {name: (loss, trial) for loss in LOSSES.values() for name, trial in loss.trials.items()}

@@ -41,7 +41,8 @@ def make_targets(counts=(3, 1), padded=4):
 
 def leaves(output):
     """The tensors of a student that a criterion may give a gradient."""
-    return [tensor for tensor in tree_leaves(output._replace(queries=None, padding_mask=None)) if tensor is not None]
+    tensors = tree_leaves(output._replace(queries=None, padding_mask=None))
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
 
 
 def over_tensors(function, value: Any) -> Any:

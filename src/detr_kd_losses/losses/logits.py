@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detr_kd_losses._options import HEADS, WEIGHTS, OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import shared_precision
-from detr_kd_losses._reduction import masked_sum, replica_means, replica_weight, sum_last
+from detr_kd_losses._reduction import masked_sum
 from detr_kd_losses._validation import (
     validate_both_predictions,
     validate_not_negative,
@@ -18,12 +18,13 @@ from detr_kd_losses._validation import (
 from detr_kd_losses.heads import Activation, ClassMap, Heads, LogScores, log_scores
 from detr_kd_losses.pairs import (
     box_terms,
+    count_pairs,
     gather_partners,
     validate_assignment,
     validate_batched,
     validate_teacher_positive,
     validate_teacher_weight,
-    weight_of_partners,
+    weigh_pairs,
 )
 
 __all__ = ["HungarianDistillationLoss", "hungarian_distillation_loss"]
@@ -143,7 +144,8 @@ def hungarian_distillation_loss(
     student_logits, student_boxes, teacher_logits, teacher_boxes = shared_precision(
         student_logits, student_boxes, teacher_logits, teacher_boxes
     )
-    weight, assignment = _weigh_pairs(teacher_weight, teacher_logits, assignment)
+    validate_teacher_weight(teacher_weight, "teacher_logits", teacher_logits)
+    assignment, weight = weigh_pairs(assignment, teacher_weight, teacher_logits.dtype)
     positive, negative = _split_pairs(assignment, teacher_positive, teacher_logits)
 
     # Unmatched queries are blanked before anything is computed, so that nothing in them reaches a gradient.
@@ -151,12 +153,11 @@ def hungarian_distillation_loss(
     student_logits, student_boxes = student_logits.where(matched, 0.0), student_boxes.where(matched, 0.0)
     teacher_logits = gather_partners(teacher_logits.detach(), assignment).where(matched, 0.0)
     teacher_boxes = gather_partners(teacher_boxes.detach(), assignment).where(matched, 0.0)
-
     student, teacher = _log_scores(student_logits / temperature, teacher_logits / temperature, heads)
     divergence = _class_divergence(student, teacher, class_loss)
     distance, overlap = box_terms(student_boxes, teacher_boxes)
     pairs = torch.stack((positive, negative))
-    counts = _count_pairs(pairs, divergence.dtype, weight, sync=sync_normalizer)
+    counts = count_pairs(pairs, divergence.dtype, weight, sync=sync_normalizer)
 
     def means(term: Tensor) -> Tensor:
         """Mean over the positive and mean over the negative pairs, each summed over layers -> (2,)."""
@@ -179,17 +180,6 @@ def validate_class_loss(class_loss: ClassLoss, heads: Heads) -> None:
         raise ValueError(msg)
 
 
-def _weigh_pairs(
-    teacher_weight: Tensor | None, teacher_logits: Tensor, assignment: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """The weight of each pair (..., N), None: all the same, and the pairs that have one."""
-    if teacher_weight is None:
-        return None, assignment
-    validate_teacher_weight(teacher_weight, teacher_logits)
-    weight = weight_of_partners(teacher_weight.detach().to(teacher_logits.dtype), assignment)
-    return weight, assignment.where(weight != 0, -1)
-
-
 def _split_pairs(assignment: Tensor, teacher_positive: Tensor | None, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Which student queries (..., N) have a positive and which a negative partner."""
     matched = assignment >= 0
@@ -198,14 +188,6 @@ def _split_pairs(assignment: Tensor, teacher_positive: Tensor | None, teacher_lo
     validate_teacher_positive(teacher_positive, teacher_logits)
     positive = gather_partners(teacher_positive, assignment) & matched
     return positive, matched & ~positive
-
-
-def _count_pairs(pairs: Tensor, dtype: torch.dtype, weight: Tensor | None, *, sync: bool) -> Tensor:
-    """What sums over the `pairs` (2, ..., N) of each layer are divided by: the number of pairs, or all their weight."""
-    if weight is None:
-        (counts,) = replica_means(sum_last(pairs.to(dtype), 2), sync=sync)
-        return counts
-    return replica_weight(masked_sum(weight, pairs, 2), sync=sync)
 
 
 def _log_scores(student_logits: Tensor, teacher_logits: Tensor, heads: Heads) -> tuple[LogScores, LogScores]:

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
-
 from torch import Tensor
 
-from detr_kd_losses._options import HEADS, Rules, one_of
-from detr_kd_losses._validation import validate_not_negative
-from detr_kd_losses.assignment import validate_backend
+from detr_kd_losses._options import HEADS, Rules
 from detr_kd_losses.heads import Heads
 from detr_kd_losses.losses.logits import RULES, ClassLoss, hungarian_distillation_loss, validate_class_loss
-from detr_kd_losses.matching import match_rest, match_teacher
-from detr_kd_losses.outputs import Predictions
-from detr_kd_losses.pairs import gather_partners, match_through_targets
-from detr_kd_losses.stages import StageMap, select_stages, validate_stage_map
+from detr_kd_losses.paired_term import Matching, Negatives, PairedTerm, Weighting
+from detr_kd_losses.stages import StageMap
 from detr_kd_losses.step import Step
-from detr_kd_losses.term import Term
-from detr_kd_losses.weights import confidence_weight, localization_weight, overlap_weight
 
 __all__ = ["LogitsTerm"]
 
-Matching = Literal["positives_first", "joint", "targets"]
-Negatives = Literal["by_box", "none"]
-Weighting = Literal["uniform", "confidence", "overlap", "localization"]
 _LOSS_RULES = {name: rule for name, rule in RULES.items() if name not in HEADS}
-
-_RULES: Rules = {
-    **Term.rules,
-    "matching": one_of("positives_first", "joint", "targets"),
-    "negatives": one_of(None, "by_box", "none"),
-    "weighting": one_of("uniform", "confidence", "overlap", "localization"),
-    **dict.fromkeys(("cost_class", "cost_bbox", "cost_giou"), validate_not_negative),
-    "backend": validate_backend,
-    "stage_map": validate_stage_map,
-    **_LOSS_RULES,
-}
+_RULES: Rules = {**PairedTerm.rules, **_LOSS_RULES}
 
 
-class LogitsTerm(Term):
+class LogitsTerm(PairedTerm):
     """Classes and boxes of matched queries: :func:`match_teacher`, then :func:`hungarian_distillation_loss`.
 
     Each student layer learns from its teacher layer. ``loss_kd_class``, ``loss_kd_bbox``, ``loss_kd_giou``.
@@ -134,63 +112,16 @@ class LogitsTerm(Term):
 
     def compute(self, step: Step) -> dict[str, Tensor]:
         """Match student to teacher queries and distil."""
-        student, teacher, depth = step.student, step.teacher, len(step.student.logits)
-        select = partial(select_stages, num_student_stages=depth, stage_map=self.stage_map)
-        logits, boxes, assigned = map(select, (teacher.logits, teacher.boxes, step.teacher_assignment))
-        weight = self._weigh(step)
-        positive = None if self.matching == "joint" else assigned >= 0
-        match = self._match_through_targets if self.matching == "targets" else self._match_directly
+        student, teacher = step.student, step.teacher
+        assignment, positive, weight = self.pair(step)
         return hungarian_distillation_loss(
             student.logits,
             student.boxes,
-            logits,
-            boxes,
-            match(step, Predictions(logits, boxes), assigned),
+            self.in_students_depth(step, teacher.logits),
+            self.in_students_depth(step, teacher.boxes),
+            assignment,
             teacher_positive=positive,
-            teacher_weight=None if weight is None else select(weight),
+            teacher_weight=weight,
             **step.heads.options,
             **{name: self.call_options[name] for name in _LOSS_RULES},
         )
-
-    def _weigh(self, step: Step) -> Tensor | None:
-        """How much each teacher query (L_T, B, M) counts; None: all the same."""
-        boxes, targets, head = step.teacher.boxes, step.known_targets, {"activation": step.heads.teacher}
-        if self.weighting == "confidence":
-            return confidence_weight(step.teacher_logits, **head)
-        if self.weighting == "overlap":
-            return overlap_weight(boxes, targets.boxes, targets.mask)
-        if self.weighting == "localization":
-            return localization_weight(step.teacher_logits, boxes, targets.boxes, step.teacher_assignment, **head)
-        return None
-
-    def _match_through_targets(self, step: Step, teacher: Predictions, assigned: Tensor) -> Tensor:
-        """The teacher query (L, B, N) of each student query, by their targets, then by boxes."""
-        assignment = match_through_targets(step.student_assignment, assigned, step.targets.mask.shape[-1])
-        if self.negatives != "by_box":
-            return assignment
-        boxes = step.student.boxes, teacher.boxes
-        weights = {"weight_bbox": self.cost_bbox, "weight_giou": self.cost_giou}
-        mask = step.teacher.query_mask
-        return match_rest(assignment, *boxes, assigned >= 0, teacher_mask=mask, backend=self.backend, **weights)
-
-    def _match_directly(self, step: Step, teacher: Predictions, assigned: Tensor) -> Tensor:
-        """The teacher query (L, B, N) of each student query, by what both predict."""
-        if self.matching == "joint" and self.negatives is not None:
-            msg = f"`negatives` must be None for a joint matching, which knows none, got {self.negatives!r}"
-            raise ValueError(msg)
-        positive = None if self.matching == "joint" else assigned >= 0
-        assignment = match_teacher(
-            step.student.logits,
-            step.student.boxes,
-            *teacher,
-            teacher_positive=positive,
-            teacher_mask=step.teacher.query_mask,
-            weight_class=self.cost_class,
-            weight_bbox=self.cost_bbox,
-            weight_giou=self.cost_giou,
-            backend=self.backend,
-            **step.heads.options,
-        )
-        if self.negatives == "none":
-            assignment = assignment.where(gather_partners(assigned, assignment) >= 0, -1)
-        return assignment

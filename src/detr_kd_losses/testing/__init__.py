@@ -26,10 +26,11 @@ and the laws that need them raise :class:`LawNotApplicable`, which says what to 
 scalar is told likewise which laws need its terms by name.
 
 :mod:`~detr_kd_losses.testing.loss_laws`, :mod:`~detr_kd_losses.testing.query_laws`,
-:mod:`~detr_kd_losses.testing.plain_feature_laws` and :mod:`~detr_kd_losses.testing.solver_laws` have the laws,
-:mod:`~detr_kd_losses.testing.law` how to write one, :mod:`~detr_kd_losses.testing.makers` and
-:mod:`~detr_kd_losses.testing.query_makers` the calls that an error
-names, :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
+:mod:`~detr_kd_losses.testing.pair_laws`, :mod:`~detr_kd_losses.testing.plain_feature_laws` and
+:mod:`~detr_kd_losses.testing.solver_laws` have the laws, :mod:`~detr_kd_losses.testing.law` how to write one,
+:mod:`~detr_kd_losses.testing.makers`, :mod:`~detr_kd_losses.testing.query_makers` and
+:mod:`~detr_kd_losses.testing.pair_makers` the calls that an error names,
+:mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
 """
 
 try:
@@ -39,6 +40,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(msg, name=error.name) from error
 
 from detr_kd_losses.testing.checks import (
+    check_box_distribution_loss,
     check_detection_loss,
     check_distillation_criterion,
     check_feature_distillation_loss,
@@ -57,6 +59,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
+from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS
 from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.report import LawReport, Verdict, law_report
@@ -65,6 +68,7 @@ from detr_kd_losses.testing.subject import LawNotApplicable
 
 __all__ = [
     "ASSIGNMENT_LAWS",
+    "BOX_DISTRIBUTION_LAWS",
     "CRITERION_LAWS",
     "DETECTION_LAWS",
     "FEATURE_LAWS",
@@ -78,6 +82,7 @@ __all__ = [
     "LawNotApplicable",
     "LawReport",
     "Verdict",
+    "check_box_distribution_loss",
     "check_detection_loss",
     "check_distillation_criterion",
     "check_feature_distillation_loss",

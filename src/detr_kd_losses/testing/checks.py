@@ -14,11 +14,13 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
+from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS
 from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 
 __all__ = [
+    "check_box_distribution_loss",
     "check_detection_loss",
     "check_distillation_criterion",
     "check_feature_distillation_loss",
@@ -174,6 +176,32 @@ def check_feature_distillation_loss(
         >>> check_feature_distillation_loss(dkl.feature_distillation_loss, max_examples=1)
     """
     check_laws(PLAIN_FEATURE_LAWS, loss, skip=skip, max_examples=max_examples)
+
+
+def check_box_distribution_loss(loss: Function, *, skip: Collection[str] = (), max_examples: int | None = None) -> None:
+    """Check a loss of box distributions, whose bins and scale are set, by BOX_DISTRIBUTION_LAWS.
+
+    Args:
+        loss: What takes this call, `signatures.BOX_DISTRIBUTIONS`:
+            (student_distributions (L, B, N, E), student_references (L, B, N, 4), teacher_distributions (L, B, M, E),
+            teacher_references (L, B, M, 4), assignment (L, B, N), *, teacher_weight (L, B, M)) -> a dict of scalars by
+            name, or a scalar
+        skip: Names of laws that are not meant to hold.
+        max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
+
+    Raises:
+        AssertionError: If a law is broken: ``law broken: <name>: <sentence>``.
+        LawNotApplicable: If no law is broken, but some need what the function does not have.
+        ValueError: If `skip` has a name that is no law's.
+
+    Examples:
+        >>> from functools import partial
+        >>> import detr_kd_losses as dkl
+        >>> from detr_kd_losses.testing.pair_makers import BINS, SCALE
+        >>> loss = partial(dkl.box_distribution_loss, student_bins=BINS, student_scale=SCALE)
+        >>> check_box_distribution_loss(loss, max_examples=1)
+    """
+    check_laws(BOX_DISTRIBUTION_LAWS, loss, skip=skip, max_examples=max_examples)
 
 
 def check_distillation_criterion(

@@ -18,21 +18,29 @@ from detr_kd_losses.testing.signatures import SHARED_QUERIES, WEIGHTED_DISTILLAT
 __all__ = ["SHARED_QUERY_LAWS", "WEIGHTED_DISTILLATION_LAWS"]
 
 
+def _teacher_shape(arguments: Arguments) -> list[int]:
+    return [arguments.size(axis) for axis in "LBM"]
+
+
 @law("equal_weights", "equal weights of the teacher queries are as none", needs=["teacher_weight"])
 def equal_weights(loss: Function, arguments: Arguments) -> None:
-    equal = arguments.replaced(teacher_weight=torch.full_like(arguments["teacher_boxes"][..., 0], 0.3))
+    equal = arguments.replaced(teacher_weight=torch.full(_teacher_shape(arguments), 0.3, dtype=torch.float64))
     require_equal(equal.terms(loss), arguments.without("teacher_weight").terms(loss))
 
 
 @law("weightless", "a teacher query of weight 0 is as unmatched, whatever it holds", needs=["teacher_weight"])
 def weightless(loss: Function, arguments: Arguments) -> None:
-    weight = arguments.tensors.get("teacher_weight", torch.ones_like(arguments["teacher_boxes"][..., 0])).clone()
+    everyone = torch.ones(_teacher_shape(arguments), dtype=torch.float64)
+    weight = arguments.tensors.get("teacher_weight", everyone).clone()
     weight[..., ::2] = 0
     assignment = arguments["assignment"]
     dropped = torch.where(assignment % 2 == 0, -1, assignment)
     blank = {
-        name: arguments[name].masked_fill((weight == 0).unsqueeze(-1), float("nan"))
-        for name in ("teacher_logits", "teacher_boxes")
+        name: arguments[name].masked_fill(
+            (weight == 0).reshape(*weight.shape, *[1] * (arguments[name].ndim - 3)), torch.nan
+        )
+        for name in arguments.having("M")
+        if arguments[name].ndim > 3
     }
     expected = arguments.replaced(teacher_weight=weight, assignment=dropped).terms_and_gradients(loss)
     for actual, wanted in zip(

@@ -6,8 +6,9 @@
     (cost (B, N, T), *, row_mask (B, N), column_mask (B, T)) -> column of each row (B, N) int64, -1 = none
 
 L decoder layers, B images, N queries of the student, M of the teacher, K of both, T targets, C classes, D channels, H
-and W cells; boxes are cxcywh in [0, 1], masks bool, labels and assignments int64. What stands after ``*`` is passed by
-name, and not at all where a function does not take it. A law may call without L, or in half precision.
+and W cells, E bins of all four edges; boxes are cxcywh in [0, 1], masks bool, labels and assignments int64. What stands
+after ``*`` is passed by name, and not at all where a function does not take it. A law may call without L, or in half
+precision.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from detr_kd_losses.testing.arguments import Signature
 from detr_kd_losses.testing.requirements import Terms
 
 __all__ = [
+    "BOX_DISTRIBUTIONS",
     "COSTS",
     "CRITERION",
     "DETECTION",
@@ -39,13 +41,19 @@ __all__ = [
 _LOSS = "a dict of scalars by name, or a scalar"
 
 
-def _predict_as_teacher(tensors: Mapping[str, Tensor]) -> Terms:
-    """The student's predictions that equal those of their partners."""
-    partner = tensors["assignment"].clamp(min=0).unsqueeze(-1)
-    return {
-        f"student_{kind}": teacher.gather(-2, partner.expand(*partner.shape[:-1], teacher.shape[-1]))
-        for kind, teacher in (("logits", tensors["teacher_logits"]), ("boxes", tensors["teacher_boxes"]))
-    }
+def _say_as_partner(tensors: Mapping[str, Tensor]) -> Terms:
+    """What the student says of its queries, as their partners say it."""
+    partner = tensors["assignment"].clamp(min=0)
+    kinds = [name.removeprefix("student_") for name in tensors if name.startswith("student_")]
+    return {f"student_{kind}": _take(tensors[f"teacher_{kind}"], partner) for kind in kinds}
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`values` (L, B, M, ...) at the entries `index` (L, B, N) of M."""
+    trailing = values.shape[index.ndim :]
+    return values.gather(
+        -1 - len(trailing), index.reshape(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing)
+    )
 
 
 def _answer_as_teacher(tensors: Mapping[str, Tensor]) -> Terms:
@@ -71,12 +79,27 @@ DISTILLATION = Signature(
     partner_axis="M",
     keywords=("teacher_positive",),
     returns=_LOSS,
-    twin=_predict_as_teacher,
+    twin=_say_as_partner,
 )
 WEIGHTED_DISTILLATION = replace(
     DISTILLATION,
     axes={**DISTILLATION.axes, "teacher_weight": "LBM"},
     keywords=("teacher_positive", "teacher_weight"),
+)
+BOX_DISTRIBUTIONS = Signature(
+    {
+        "student_distributions": "LBNE",
+        "student_references": "LBNX",
+        "teacher_distributions": "LBME",
+        "teacher_references": "LBMX",
+        "assignment": "LBN",
+        "teacher_weight": "LBM",
+    },
+    student=("student_distributions",),
+    partner_axis="M",
+    keywords=("teacher_weight",),
+    returns=_LOSS,
+    twin=_say_as_partner,
 )
 SHARED_QUERIES = Signature(
     {"student_logits": "LBKC", "student_boxes": "LBKX", "teacher_logits": "LBKC", "teacher_boxes": "LBKX"},

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detr_kd_losses.outputs import DetectorOutput, Predictions, Targets
+from detr_kd_losses.outputs import BoxDistributions, DetectorOutput, Predictions, Targets
 from detr_kd_losses.testing import strategies
 
 __all__ = ["CriterionInputs", "make_output", "make_step"]
@@ -37,6 +37,7 @@ def make_output(
     width: int = 4,
     levels: int | None = None,
     padded: bool = True,
+    bins: int | None = None,
     box_kind: str = "generic",
     logit_kind: str = "generic",
     logit_shift: float = 0.0,
@@ -58,6 +59,7 @@ def make_output(
         width: W of the first level.
         levels: Number of levels, each half as large as the one before; None: one map, not in a list.
         padded: Whether images are smaller than the map.
+        bins: R + 1, of box distributions; None: none.
         box_kind: See :func:`strategies.make_boxes`.
         logit_kind: See :func:`strategies.make_logits`.
         logit_shift: Added to all logits: below 0 most classes are improbable, as a trained detector has them.
@@ -91,6 +93,11 @@ def make_output(
     )
     features, masks = [finished(level) for level in pyramid.levels], pyramid.padding_masks
     logits, boxes = predictions(queries, seed)
+    distributions = None
+    if bins is not None:
+        numbers = strategies.make_logits((stages, images, queries, 4 * bins), kind=logit_kind, seed=seed + 4)
+        references = strategies.make_boxes((stages, images, queries), kind=box_kind, seed=seed + 5).to(dtype)
+        distributions = BoxDistributions(finished(numbers), references, torch.linspace(-4, 4, bins, dtype=dtype), 4.0)
     return DetectorOutput(
         logits,
         boxes,
@@ -98,6 +105,7 @@ def make_output(
         features=features[0] if levels is None else features,
         padding_mask=None if not padded else masks[0] if levels is None else masks,
         group=None if group is None else predictions(group, seed + 1),
+        distributions=distributions,
     )
 
 

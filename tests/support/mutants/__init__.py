@@ -4,8 +4,8 @@ A mutant is one edit of one function. Where a law is enough, the law is the chec
 weight of the wrong size, a formula for another) must be noticed by the oracles, which know the numbers.
 """
 
-from support.mutants import criterion, features, losses, matching
+from support.mutants import criterion, features, losses, matched, matching
 
-MUTANTS = [*criterion.MUTANTS, *losses.MUTANTS, *features.MUTANTS, *matching.MUTANTS]
+MUTANTS = [*criterion.MUTANTS, *losses.MUTANTS, *features.MUTANTS, *matched.MUTANTS, *matching.MUTANTS]
 
 __all__ = ["MUTANTS"]

@@ -127,7 +127,11 @@ MUTANTS = [
         ),
     ),
     *faults(
-        logits._count_pairs,
+        pairs.weigh_pairs,
+        ("no weight, but a part", "weight != 0", "weight != -1", distillation("weightless")),
+    ),
+    *faults(
+        pairs.count_pairs,
         (
             "normaliser of each image",
             "sum_last(pairs.to(dtype), 2)",

@@ -6,6 +6,7 @@ package's; `value_and_grad` differentiates them with respect to student arrays. 
 """
 
 from .autodiff import *  # noqa: F403
+from .box_distributions import *  # noqa: F403
 from .features import *  # noqa: F403
 from .geometry import *  # noqa: F403
 from .losses import *  # noqa: F403

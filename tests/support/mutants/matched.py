@@ -1,0 +1,92 @@
+"""Faults in the losses of what matched queries say beside classes and boxes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import detr_kd_losses as dkl
+from detr_kd_losses.losses.box_distributions import bins
+from detr_kd_losses.losses.box_distributions import loss as distributions
+from detr_kd_losses.testing.pair_makers import BINS, SCALE, make_box_distribution_arguments
+
+from support import cases, oracles
+from support.mutants.mutant import faults, law_of, oracle
+
+SIZE = {"stages": 2, "images": 2, "students": 5, "teachers": 6}
+BOXES = make_box_distribution_arguments(weighted=True, **SIZE)
+GRID = {"student_bins": BINS, "student_scale": SCALE}
+
+distribution_law = law_of(dkl.box_distribution_loss)
+distribution_value = oracle("box_distribution_loss", BOXES, temperature=3.0, **GRID)
+
+
+def distribution(name):
+    return distribution_law(name, **GRID)
+
+
+def other_bins(max_examples):
+    """With other bins and another scale of the teacher it is its oracle."""
+    case = cases.box_distributions()
+    actual = dkl.box_distribution_loss(**{name: torch.tensor(array) for name, array in case.items()})
+    np.testing.assert_allclose(actual, oracles.box_distribution_loss(**case), rtol=1e-9)
+
+
+MUTANTS = [
+    *faults(
+        dkl.box_distribution_loss,
+        ("box distributions without T squared", "(temperature**2 / 4)", "(1 / 4)", distribution_value),
+        ("edges added, not averaged", "(temperature**2 / 4)", "temperature**2", distribution_value),
+        (
+            "bins of the student for those of the teacher",
+            "student_scale if teacher_scale is None else teacher_scale",
+            "student_scale",
+            other_bins,
+        ),
+        (
+            "weights of box distributions forgotten",
+            "matched, weight,",
+            "matched, None,",
+            distribution_value,
+        ),
+        (
+            "box distributions of each replica",
+            "sync=sync_normalizer)",
+            "sync=False)",
+            distribution("replicas"),
+        ),
+    ),
+    *faults(
+        distributions._log_shares,
+        (
+            "unmatched box distributions have a part",
+            "distributions.where(matched.unsqueeze(-1), 0.0).to(",
+            "distributions.to(",
+            distribution("unmatched_students"),
+        ),
+    ),
+    *faults(
+        distributions._divergence,
+        ("0 log 0 is not a number", "target == 0, 0.0", "target < 0, 0.0", distribution("finite")),
+        ("divergence turned round", "target * (log_p - log_q)", "log_q.exp() * (log_q - log_p)", distribution_value),
+    ),
+    *faults(
+        bins.rebin,
+        ("right as left", "1 if edge < 2 else -1", "1", distribution_value),
+        ("top by the width", "edge % 2, 1", "0, 1", distribution_value),
+        ("reference does not grow", "grown + sign * shift", "sign * shift", distribution_value),
+        ("scale of the teacher forgotten", "(student_scale / teacher_scale)", "1", other_bins),
+        ("empty references divide", "own_size.clamp(min=_LEAST_SIZE)", "own_size", distribution("finite")),
+    ),
+    *faults(
+        bins._split,
+        ("places beyond the bins", "places = places.clamp(bins[0], bins[last])", "places = places", distribution_value),
+        ("mass to the nearer bin alone", "mass * share)", "0 * mass)", distribution("zero_at_teacher")),
+        (
+            "mass split the wrong way",
+            "mass * (1 - share)).scatter_add(-1, below + 1, mass * share)",
+            "mass * share).scatter_add(-1, below + 1, mass * (1 - share))",
+            distribution_value,
+        ),
+    ),
+]
