@@ -23,6 +23,7 @@ from detr_kd_losses.losses.features.plain import FeatureDistillationLoss, featur
 from detr_kd_losses.losses.features.projection import FeatureProjection
 from detr_kd_losses.losses.features.quality import query_quality
 from detr_kd_losses.losses.logits import HungarianDistillationLoss, hungarian_distillation_loss
+from detr_kd_losses.losses.masks import MaskDistillationLoss, mask_distillation_loss
 from detr_kd_losses.losses.query_group import (
     TeacherAssignedQueryLoss,
     query_group_attention_mask,
@@ -38,6 +39,7 @@ from detr_kd_losses.term import Term
 from detr_kd_losses.terms.box_distributions import BoxDistributionTerm
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
+from detr_kd_losses.terms.masks import MaskTerm
 from detr_kd_losses.terms.plain_features import PlainFeatureTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
 from detr_kd_losses.terms.shared_queries import SharedQueryTerm
@@ -77,6 +79,8 @@ __all__ = [
     "HungarianDistillationLoss",
     "LogitsTerm",
     "LossMagnitude",
+    "MaskDistillationLoss",
+    "MaskTerm",
     "OfflineTeacher",
     "PlainFeatureTerm",
     "PredictionWriter",
@@ -118,6 +122,7 @@ __all__ = [
     "localization_weight",
     "loss_magnitudes",
     "map_class_logits",
+    "mask_distillation_loss",
     "match_targets",
     "match_teacher",
     "match_through_targets",

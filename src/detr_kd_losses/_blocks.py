@@ -36,17 +36,18 @@ def slices(stop: int, size: int, start: int = 0) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, max(start + 1, stop), size)]
 
 
-def blocks_of_images(*tensors: Tensor, stages: bool) -> list[tuple[Tensor, ...]]:
+def blocks_of_images(*tensors: Tensor, stages: bool, entries: int | None = None) -> list[tuple[Tensor, ...]]:
     """Tensors (L, B, ...), or without `stages` (B, ...), cut alike into blocks of images of one layer.
 
-    As many images as have entries of the first tensor enough. Views, whose gradients are joined once. All at once where
-    there is nothing, or where a compiler fuses the temporaries away.
+    As many images as have enough of the `entries` in all; None: of those of the first tensor. Views, whose gradients
+    are joined once. All at once where there is nothing, or where a compiler fuses the temporaries away.
     """
     first = tensors[0]
-    if torch.compiler.is_compiling() or not first.numel():
+    entries = first.numel() if entries is None else entries
+    if torch.compiler.is_compiling() or not entries or not first.numel():
         return [tensors]
     most = PAIRS_COMPARED if in_blocks(first) else PAIRS_COMPARED_ON_GPU
-    images = max(1, most * first.shape[int(stages)] * (len(first) if stages else 1) // first.numel())
+    images = max(1, most * first.shape[int(stages)] * (len(first) if stages else 1) // entries)
     layers = [tensor.unbind(0) if stages else (tensor,) for tensor in tensors]
     cut = [[block for layer in each for block in torch.split(layer, images)] for each in layers]
     return list(zip(*cut, strict=True))

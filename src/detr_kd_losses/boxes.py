@@ -225,3 +225,9 @@ def _ratio(part: Tensor, whole: Tensor, coincide: Tensor) -> Tensor:
     """
     settled = coincide | (whole <= torch.finfo(whole.dtype).eps ** 2)
     return torch.where(settled, coincide.to(whole.dtype), part / torch.where(settled, 1.0, whole))
+
+
+def touched_cells(start: Tensor, stop: Tensor, number: int) -> Tensor:
+    """Which of `number` equal parts of [0, 1] an interval (...) covers a part of -> (..., number)."""
+    edges = torch.arange(number + 1, device=start.device, dtype=start.dtype) / number
+    return (start.unsqueeze(-1) < edges[1:]) & (stop.unsqueeze(-1) > edges[:-1])

@@ -93,6 +93,7 @@ class DetectorOutput(NamedTuple):
         query_mask: (B, M) bool of a teacher, True = a query, False = padding, where images have different numbers of
             queries. Padding teaches nothing. None: all are queries.
         distributions: Those of the edges of the boxes, for the loss of box distributions.
+        masks: (L, B, N, H, W), raw, for the loss of masks.
 
     Examples:
         >>> output = DetectorOutput(torch.zeros(6, 2, 300, 80), torch.rand(6, 2, 300, 4))
@@ -111,6 +112,7 @@ class DetectorOutput(NamedTuple):
     group_index: Tensor | None = None
     query_mask: Tensor | None = None
     distributions: BoxDistributions | None = None
+    masks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> DetectorOutput:
         """The same on `device`."""
@@ -213,7 +215,8 @@ def with_stages(name: str, output: DetectorOutput) -> DetectorOutput:
         logits, boxes = output.logits.unsqueeze(0), output.boxes.unsqueeze(0)
         # In full: the compiler of PyTorch 2.6 cannot trace `_replace`.
         said = output.features, output.padding_mask, group, output.group_index, output.query_mask
-        output = DetectorOutput(logits, boxes, queries, *said, _with_stage(output.distributions))
+        masks = None if output.masks is None else output.masks.unsqueeze(0)
+        output = DetectorOutput(logits, boxes, queries, *said, _with_stage(output.distributions), masks)
     if output.logits.ndim != 4:
         msg = f"`{name}.logits` must have shape (L, B, N, C) or (B, N, C), got {tuple(output.logits.shape)}"
         raise ValueError(msg)

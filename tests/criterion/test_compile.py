@@ -42,6 +42,7 @@ TERMS = {
         dkl.SharedQueryTerm(),
         dkl.PlainFeatureTerm(distance="pearson", cells="boxes"),
         dkl.BoxDistributionTerm(temperature=2.0),
+        dkl.MaskTerm(),
     ],
     "a weight of 0": lambda: [dkl.LogitsTerm(weight=0), dkl.FeatureTerm([8, 8], [8, 8], weight=0), ScoreTerm()],
 }
@@ -56,8 +57,12 @@ def test_no_graph_break_whatever_the_shapes(terms):
         ((3, 9), (6, 7), 5),
         ((2, 9), (2, 9), 3),
     ]:
-        student = make_output(0, layers, queries, group=teacher_queries, bins=5, requires_grad=True)
-        inputs = student, make_output(1, teacher_layers, teacher_queries, bins=7), make_targets((2, 0), padded)
+        student = make_output(0, layers, queries, group=teacher_queries, bins=5, mask_size=(4, 5), requires_grad=True)
+        inputs = (
+            student,
+            make_output(1, teacher_layers, teacher_queries, bins=7, mask_size=(5, 4)),
+            make_targets((2, 0), padded),
+        )
         assert_close(values_and_gradients(compiled, *inputs), values_and_gradients(criterion, *inputs))
 
 

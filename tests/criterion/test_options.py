@@ -21,7 +21,7 @@ HOMES = {loss.function: loss.term for loss in LOSSES.values() if not isinstance(
     dkl.query_quality: dkl.FeatureTerm,
     dkl.match_targets: dkl.TargetMatching,
 }
-DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask"}
+DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "boxes"}
 DATA |= {f"{model}_{what}" for model in ("student", "teacher") for what in ("bins", "scale")}
 RENAMED = {
     (dkl.match_teacher, "weight_class"): "cost_class",
@@ -68,8 +68,8 @@ def make_criterion(owner, **options):
 
 def make_step(heads):
     channels = C + (heads.student == "softmax"), C + (heads.teacher == "softmax")
-    student = make_output(0, 3, 12, group=9, channels=channels[0], bins=5, requires_grad=True)
-    return student, make_output(1, 6, 9, channels=channels[1], bins=7), make_targets()
+    student = make_output(0, 3, 12, group=9, channels=channels[0], bins=5, mask_size=(4, 5), requires_grad=True)
+    return student, make_output(1, 6, 9, channels=channels[1], bins=7, mask_size=(5, 4)), make_targets()
 
 
 def result(criterion):

@@ -56,7 +56,22 @@ def test_box_distributions_of_other_bins():
     assert own.logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("options", "field", "term"), [({"bins": 5}, "distributions", dkl.BoxDistributionTerm)])
+@pytest.mark.parametrize("cells", ["boxes", "all"])
+def test_masks_of_another_size(cells):
+    student = make_output(0, 3, 7, mask_size=(4, 5), requires_grad=True)
+    teacher, targets = make_output(1, 6, 9, mask_size=(7, 6)), make_targets()
+    assignment, _, select = pair(student, teacher, targets)
+    boxes = select(teacher.boxes) if cells == "boxes" else None
+    expected = dkl.mask_distillation_loss(student.masks, select(teacher.masks), assignment, boxes=boxes)
+    losses = distil(dkl.MaskTerm(cells=cells), student, teacher, targets)
+    assert expected > 0
+    assert_close(losses, {"loss_kd_mask": expected})
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "term"),
+    [({"mask_size": (3, 4)}, "masks", dkl.MaskTerm), ({"bins": 5}, "distributions", dkl.BoxDistributionTerm)],
+)
 def test_a_term_applies_where_both_have_its_field(options, field, term):
     student, teacher, targets = steps(**options)
     without = [output._replace(**{field: None}) for output in (student, teacher)]

@@ -211,6 +211,7 @@ def test_no_law_passes_a_function_without_any_keyword_by_a_type_error(law):
         "FEATURES": dkl.target_aware_feature_loss,
         "PLAIN_FEATURES": dkl.feature_distillation_loss,
         "BOX_DISTRIBUTIONS": partial(dkl.box_distribution_loss, student_bins=BINS, student_scale=SCALE),
+        "MASKS": dkl.mask_distillation_loss,
         "CRITERION": dkl.DETRDistillationLoss(),
     }
     function = ours[next(name for name in ours if getattr(signatures, name) == law.signature)]

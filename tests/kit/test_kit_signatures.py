@@ -43,6 +43,7 @@ OURS = {
         testing.BOX_DISTRIBUTION_LAWS,
         testing.check_box_distribution_loss,
     ),
+    "MASKS": (dkl.mask_distillation_loss, testing.MASK_LAWS, testing.check_mask_distillation_loss),
     "TARGET_MATCHING": (dkl.match_targets, testing.TARGET_MATCHING_LAWS, testing.check_match_targets),
     "TEACHER_MATCHING": (dkl.match_teacher, testing.TEACHER_MATCHING_LAWS, testing.check_match_teacher),
 }

@@ -15,7 +15,7 @@ import detr_kd_losses as dkl
 from support.registry import LOSSES
 
 # Keyword arguments of the functions that are data, not options: the forward of the Module takes them.
-DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask"}
+DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "boxes"}
 DATA |= {f"{model}_{what}" for model in ("student", "teacher") for what in ("bins", "scale")}
 # What a Module owns beyond the options of its function.
 OWNED = {"student_channels", "teacher_channels"}

@@ -116,6 +116,27 @@ def box_distributions(
     return case | ({"teacher_bins": teacher_bins, "teacher_scale": np.array(3.0)} if own_bins else {})
 
 
+def masks(
+    *,
+    stages: int | None = STAGES,
+    students: int = 4,
+    teachers: int = 3,
+    size: tuple[int, int] = (3, 4),
+    teacher_size: tuple[int, int] = (5, 6),
+    boxed: bool = True,
+    seed: int = 0,
+) -> Case:
+    """Masks of a student and of a teacher of another size, pairs between them, and the teacher's boxes."""
+    rng = np.random.default_rng(seed)
+    lead = (IMAGES,) if stages is None else (stages, IMAGES)
+    case = {
+        "student_masks": 2 * rng.normal(size=(*lead, students, *size)),
+        "teacher_masks": 2 * rng.normal(size=(*lead, teachers, *teacher_size)),
+        "assignment": random_assignment(rng, lead, students, np.ones((*lead, teachers), dtype=bool)),
+    }
+    return case | ({"boxes": random_boxes(rng, *lead, teachers)} if boxed else {})
+
+
 def predictions_only(case: Case) -> Case:
     """What costs and matching take of a case of distillation."""
     return {name: value for name, value in case.items() if name.endswith(("logits", "boxes"))}

@@ -306,6 +306,21 @@ BOX_DISTRIBUTIONS = Loss(
     ),
 )
 
+MASKS = Loss(
+    dkl.mask_distillation_loss,
+    dkl.MaskDistillationLoss,
+    dkl.MaskTerm,
+    OF_EVERY_TERM | OF_EVERY_PAIRED_TERM | {"cells": "all", "temperature": 2.0, "sync_normalizer": False},
+    wrt=("student_masks",),
+    trials={
+        "masks": Trial(cases.masks(), {"temperature": 2.0}),
+        "masks, all cells": Trial(cases.masks(boxed=False, teacher_size=(2, 2)), {}),
+        "masks, weighted": Trial(cases.weighted(cases.masks(teacher_size=(3, 4))), {"temperature": 0.5}),
+    },
+    laws=testing.MASK_LAWS,
+    held_to=(HeldTo(dkl.mask_distillation_loss, {}), HeldTo(dkl.mask_distillation_loss, {"temperature": 3.0})),
+)
+
 LOSSES = {
     loss.name: loss
     for loss in (
@@ -316,6 +331,7 @@ LOSSES = {
         FEATURES,
         PLAIN_FEATURES,
         BOX_DISTRIBUTIONS,
+        MASKS,
     )
 }
 # Every trial of every loss, by the name of the trial.

@@ -46,6 +46,7 @@ from detr_kd_losses.testing.checks import (
     check_feature_distillation_loss,
     check_hungarian_distillation_loss,
     check_linear_sum_assignment,
+    check_mask_distillation_loss,
     check_match_targets,
     check_match_teacher,
     check_shared_query_distillation_loss,
@@ -59,7 +60,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
-from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS
+from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS, MASK_LAWS
 from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.report import LawReport, Verdict, law_report
@@ -73,6 +74,7 @@ __all__ = [
     "DETECTION_LAWS",
     "FEATURE_LAWS",
     "HUNGARIAN_DISTILLATION_LAWS",
+    "MASK_LAWS",
     "PLAIN_FEATURE_LAWS",
     "SHARED_QUERY_LAWS",
     "TARGET_MATCHING_LAWS",
@@ -89,6 +91,7 @@ __all__ = [
     "check_hungarian_distillation_loss",
     "check_laws",
     "check_linear_sum_assignment",
+    "check_mask_distillation_loss",
     "check_match_targets",
     "check_match_teacher",
     "check_shared_query_distillation_loss",

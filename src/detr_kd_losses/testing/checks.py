@@ -14,7 +14,7 @@ from detr_kd_losses.testing.loss_laws import (
     FEATURE_LAWS,
     HUNGARIAN_DISTILLATION_LAWS,
 )
-from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS
+from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS, MASK_LAWS
 from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
@@ -26,6 +26,7 @@ __all__ = [
     "check_feature_distillation_loss",
     "check_hungarian_distillation_loss",
     "check_linear_sum_assignment",
+    "check_mask_distillation_loss",
     "check_match_targets",
     "check_match_teacher",
     "check_shared_query_distillation_loss",
@@ -202,6 +203,30 @@ def check_box_distribution_loss(loss: Function, *, skip: Collection[str] = (), m
         >>> check_box_distribution_loss(loss, max_examples=1)
     """
     check_laws(BOX_DISTRIBUTION_LAWS, loss, skip=skip, max_examples=max_examples)
+
+
+def check_mask_distillation_loss(
+    loss: Function, *, skip: Collection[str] = (), max_examples: int | None = None
+) -> None:
+    """Check a loss of masks by MASK_LAWS.
+
+    Args:
+        loss: What takes this call, `signatures.MASKS`:
+            (student_masks (L, B, N, H, W), teacher_masks (L, B, M, H, W), assignment (L, B, N), *,
+            boxes (L, B, M, 4), teacher_weight (L, B, M)) -> a dict of scalars by name, or a scalar
+        skip: Names of laws that are not meant to hold.
+        max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
+
+    Raises:
+        AssertionError: If a law is broken: ``law broken: <name>: <sentence>``.
+        LawNotApplicable: If no law is broken, but some need what the function does not have.
+        ValueError: If `skip` has a name that is no law's.
+
+    Examples:
+        >>> import detr_kd_losses as dkl
+        >>> check_mask_distillation_loss(dkl.mask_distillation_loss, max_examples=1)
+    """
+    check_laws(MASK_LAWS, loss, skip=skip, max_examples=max_examples)
 
 
 def check_distillation_criterion(

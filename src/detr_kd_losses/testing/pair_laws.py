@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from detr_kd_losses.testing import loss_laws as laws
 from detr_kd_losses.testing.law import Law, laws_by_name
-from detr_kd_losses.testing.pair_makers import box_distribution_arguments
+from detr_kd_losses.testing.pair_makers import box_distribution_arguments, mask_arguments
 from detr_kd_losses.testing.query_laws import equal_weights, weightless
-from detr_kd_losses.testing.signatures import BOX_DISTRIBUTIONS
+from detr_kd_losses.testing.signatures import BOX_DISTRIBUTIONS, MASKS
 
-__all__ = ["BOX_DISTRIBUTION_LAWS"]
+__all__ = ["BOX_DISTRIBUTION_LAWS", "MASK_LAWS"]
 
 _OF_PAIRS: tuple[Law, ...] = (
     laws.no_pairs,
@@ -41,4 +41,12 @@ BOX_DISTRIBUTION_LAWS = laws_by_name(
     laws.zero_at_teacher.on(box_distribution_arguments(box_kinds=laws.WITH_AREA)),
     laws.zero_at_empty_boxes.on(box_distribution_arguments(box_kinds=("degenerate",))),
     laws.gradients.on(box_distribution_arguments(**laws.GENERIC)),
+)
+
+MASK_LAWS = laws_by_name(
+    MASKS,
+    mask_arguments(),
+    *_OF_PAIRS,
+    laws.zero_at_teacher,
+    laws.gradients.on(mask_arguments(logit_kinds=("generic",))),
 )

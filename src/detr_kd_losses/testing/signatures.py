@@ -29,6 +29,7 @@ __all__ = [
     "DETECTION",
     "DISTILLATION",
     "FEATURES",
+    "MASKS",
     "PLAIN_FEATURES",
     "PLANTED",
     "SHARED_QUERIES",
@@ -98,6 +99,20 @@ BOX_DISTRIBUTIONS = Signature(
     student=("student_distributions",),
     partner_axis="M",
     keywords=("teacher_weight",),
+    returns=_LOSS,
+    twin=_say_as_partner,
+)
+MASKS = Signature(
+    {
+        "student_masks": "LBNHW",
+        "teacher_masks": "LBMHW",
+        "assignment": "LBN",
+        "boxes": "LBMX",
+        "teacher_weight": "LBM",
+    },
+    student=("student_masks",),
+    partner_axis="M",
+    keywords=("boxes", "teacher_weight"),
     returns=_LOSS,
     twin=_say_as_partner,
 )

@@ -38,6 +38,7 @@ def make_output(
     levels: int | None = None,
     padded: bool = True,
     bins: int | None = None,
+    mask_size: tuple[int, int] | None = None,
     box_kind: str = "generic",
     logit_kind: str = "generic",
     logit_shift: float = 0.0,
@@ -60,6 +61,7 @@ def make_output(
         levels: Number of levels, each half as large as the one before; None: one map, not in a list.
         padded: Whether images are smaller than the map.
         bins: R + 1, of box distributions; None: none.
+        mask_size: H and W of masks; None: none.
         box_kind: See :func:`strategies.make_boxes`.
         logit_kind: See :func:`strategies.make_logits`.
         logit_shift: Added to all logits: below 0 most classes are improbable, as a trained detector has them.
@@ -93,10 +95,10 @@ def make_output(
     )
     features, masks = [finished(level) for level in pyramid.levels], pyramid.padding_masks
     logits, boxes = predictions(queries, seed)
-    distributions = None
+    distributions, lead = None, (stages, images, queries)
     if bins is not None:
-        numbers = strategies.make_logits((stages, images, queries, 4 * bins), kind=logit_kind, seed=seed + 4)
-        references = strategies.make_boxes((stages, images, queries), kind=box_kind, seed=seed + 5).to(dtype)
+        numbers = strategies.make_logits((*lead, 4 * bins), kind=logit_kind, seed=seed + 4)
+        references = strategies.make_boxes(lead, kind=box_kind, seed=seed + 5).to(dtype)
         distributions = BoxDistributions(finished(numbers), references, torch.linspace(-4, 4, bins, dtype=dtype), 4.0)
     return DetectorOutput(
         logits,
@@ -106,6 +108,7 @@ def make_output(
         padding_mask=None if not padded else masks[0] if levels is None else masks,
         group=None if group is None else predictions(group, seed + 1),
         distributions=distributions,
+        masks=None if mask_size is None else finished(strategies.make_logits((*lead, *mask_size), seed=seed + 6)),
     )
 
 

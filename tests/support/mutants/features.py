@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 import detr_kd_losses as dkl
-from detr_kd_losses.losses.features import _passes, _similarity, levels, loss, quality
+from detr_kd_losses import boxes as cells_of_boxes
+from detr_kd_losses.losses.features import _passes, _similarity, loss, quality
 from detr_kd_losses.losses.features import plain as plain_features
 from detr_kd_losses.testing.makers import make_detection_arguments, make_feature_arguments
 from detr_kd_losses.testing.plain_feature_laws import make_plain_feature_arguments
@@ -106,7 +107,7 @@ MUTANTS = [
     ),
     *faults(dkl.box_mask, ("boxes of padding", "rows & mask.unsqueeze(-1)", "rows", touched_cells)),
     *faults(
-        levels._touched,
+        cells_of_boxes.touched_cells,
         (
             "cells of whole coverage",
             "start.unsqueeze(-1) < edges[1:]",

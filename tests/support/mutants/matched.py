@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 import detr_kd_losses as dkl
+from detr_kd_losses.losses import masks
 from detr_kd_losses.losses.box_distributions import bins
 from detr_kd_losses.losses.box_distributions import loss as distributions
-from detr_kd_losses.testing.pair_makers import BINS, SCALE, make_box_distribution_arguments
+from detr_kd_losses.testing.pair_makers import BINS, SCALE, make_box_distribution_arguments, make_mask_arguments
 
 from support import cases, oracles
 from support.mutants.mutant import faults, law_of, oracle
@@ -17,6 +18,10 @@ SIZE = {"stages": 2, "images": 2, "students": 5, "teachers": 6}
 BOXES = make_box_distribution_arguments(weighted=True, **SIZE)
 GRID = {"student_bins": BINS, "student_scale": SCALE}
 
+MASKS = make_mask_arguments(height=3, width=4, boxed=True, weighted=True, **SIZE)
+
+mask_law = law_of(dkl.mask_distillation_loss)
+mask_value = oracle("mask_distillation_loss", MASKS, temperature=3.0)
 distribution_law = law_of(dkl.box_distribution_loss)
 distribution_value = oracle("box_distribution_loss", BOXES, temperature=3.0, **GRID)
 
@@ -32,7 +37,28 @@ def other_bins(max_examples):
     np.testing.assert_allclose(actual, oracles.box_distribution_loss(**case), rtol=1e-9)
 
 
+def other_size(max_examples):
+    """With masks of another size it is its oracle."""
+    case = cases.masks()
+    actual = dkl.mask_distillation_loss(**{name: torch.tensor(array) for name, array in case.items()})
+    np.testing.assert_allclose(actual, oracles.mask_distillation_loss(**case), rtol=1e-9)
+
+
 MUTANTS = [
+    *faults(
+        dkl.mask_distillation_loss,
+        ("masks without T squared", "divergence * temperature**2", "divergence", mask_value),
+        ("weights of masks forgotten", "assignment >= 0, weight,", "assignment >= 0, None,", mask_value),
+        ("masks of each replica", "weight, sync=sync_normalizer)", "weight, sync=False)", mask_law("replicas")),
+    ),
+    *faults(
+        masks._compare,
+        ("rows for columns", "touched_cells(left, right, size[1])", "touched_cells(top, bottom, size[1])", mask_value),
+        ("mean over all cells", "(rows.sum(-1) * columns.sum(-1))", "(0 * rows.sum(-1) + size.numel())", mask_value),
+        ("entropy stays", "(cross_entropy - entropy)", "cross_entropy", mask_law("zero_at_teacher")),
+        ("unmatched masks have a part", "student.where(part, 0.0)", "student", mask_law("unmatched_students")),
+    ),
+    *faults(masks._resize, ("corners aligned", "align_corners=False", "align_corners=True", other_size)),
     *faults(
         dkl.box_distribution_loss,
         ("box distributions without T squared", "(temperature**2 / 4)", "(1 / 4)", distribution_value),

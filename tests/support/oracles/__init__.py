@@ -10,5 +10,6 @@ from .box_distributions import *  # noqa: F403
 from .features import *  # noqa: F403
 from .geometry import *  # noqa: F403
 from .losses import *  # noqa: F403
+from .masks import *  # noqa: F403
 from .plain_features import *  # noqa: F403
 from .weights import *  # noqa: F403

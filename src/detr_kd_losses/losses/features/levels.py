@@ -18,7 +18,7 @@ from detr_kd_losses._validation import (
     validate_same_shape,
     validate_type,
 )
-from detr_kd_losses.boxes import box_cxcywh_to_xyxy
+from detr_kd_losses.boxes import box_cxcywh_to_xyxy, touched_cells
 from detr_kd_losses.losses.features.mask import validate_features, validate_padding_mask
 from detr_kd_losses.losses.features.projection import Levels, as_levels
 
@@ -100,13 +100,7 @@ def box_mask(boxes: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
         validate_positive("size", length)
     (boxes,) = shared_precision(boxes)
     left, top, right, bottom = box_cxcywh_to_xyxy(boxes).unbind(-1)
-    rows, columns = _touched(top, bottom, size[0]), _touched(left, right, size[1])
+    rows, columns = touched_cells(top, bottom, size[0]), touched_cells(left, right, size[1])
     # A product of rows and columns for each box, added: no tensor of boxes and cells.
     rows = (rows & mask.unsqueeze(-1)).to(boxes.dtype)
     return (rows.mT @ columns.to(boxes.dtype) > 0).to(boxes.dtype)
-
-
-def _touched(start: Tensor, stop: Tensor, number: int) -> Tensor:
-    """Which of `number` equal parts of [0, 1] an interval (...) covers a part of -> (..., number)."""
-    edges = torch.arange(number + 1, device=start.device, dtype=start.dtype) / number
-    return (start.unsqueeze(-1) < edges[1:]) & (stop.unsqueeze(-1) > edges[:-1])
