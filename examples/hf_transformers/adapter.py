@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import detr_kd_losses as dkl
 from hf_transformers.classes import check_apart, check_classes
-from hf_transformers.families import DecoderCall, Predictions, family_of
+from hf_transformers.families import DecoderCall, Predictions, box_distributions, family_of
 
 QueryGroup = dict[str, Tensor]
 """The queries of a model: the arguments of its decoder that make them up, each (B, M, ...)."""
@@ -113,6 +113,7 @@ class Tap:
             padding_mask=None if padding_mask is None else [padding_mask[level] for level in keep],
             group=None if replayed is None else dkl.Predictions(replayed.logits, replayed.boxes),
             group_index=None if replayed is None else group_index,
+            distributions=box_distributions(self.model, self._recorded(), self._own_queries()),
         )
 
     def query_group(self, index: Tensor | None = None) -> QueryGroup:

@@ -7,11 +7,14 @@ configuration, which would add the others, changes the forward pass of DETR and 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import detr_kd_losses as dkl
 
 
 class DecoderCall(NamedTuple):
@@ -110,6 +113,20 @@ def predict_d_fine(_: nn.Module, call: DecoderCall) -> Predictions:
     logits = call.output.intermediate_logits.transpose(0, 1)
     boxes = call.output.intermediate_reference_points.transpose(0, 1)
     return Predictions(logits[-len(queries) :], boxes[-len(queries) :], queries)
+
+
+def box_distributions(model: nn.Module, call: DecoderCall, own: slice) -> dkl.BoxDistributions | None:
+    """What D-FINE and DEIMv2 say about the edges of the model's `own` queries; None of other families."""
+    corners = getattr(call.output, "intermediate_predicted_corners", None)
+    if corners is None:
+        return None
+    decoder = model.model.decoder
+    weighting = sys.modules[type(decoder).__module__].weighting_function
+    bins = weighting(decoder.max_num_bins, decoder.up, decoder.reg_scale)
+    logits, references = (
+        tensor.transpose(0, 1)[:, :, own] for tensor in (corners, call.output.initial_reference_points)
+    )
+    return dkl.BoxDistributions(logits, references, bins, decoder.reg_scale.abs())
 
 
 def predict_lw_detr(model: nn.Module, call: DecoderCall) -> Predictions:

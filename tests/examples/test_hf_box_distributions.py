@@ -1,0 +1,49 @@
+"""Box distributions of D-FINE and DEIMv2 in transformers, between models of other depth, width and bins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
+
+import detr_kd_losses as dkl
+from hf_transformers.adapter import Tap, distillation_loss
+
+from support import zoo
+
+families = pytest.mark.parametrize("family", ["d_fine", "deimv2"])
+
+
+def tapped(model, **options):
+    with Tap(model) as tap:
+        model(**zoo.images(model))
+    return tap, tap.output(**options)
+
+
+@families
+def test_another_depth_and_other_bins(family: str) -> None:
+    teacher, student = zoo.build(family, seed=1), zoo.build(family, decoder_layers=2, max_num_bins=16)
+    with torch.no_grad():
+        teacher_tap, taught = tapped(teacher)
+    _, output = tapped(student, group=teacher_tap.query_group())
+    # Untrained boxes may miss their targets, which would weigh nothing.
+    terms = [dkl.BoxDistributionTerm(weighting="uniform"), dkl.SharedQueryTerm()]
+    criterion = distillation_loss(student, teacher, terms=terms)
+    losses = criterion(output, taught, dkl.pad_targets(zoo.labels()))
+    assert losses["loss_kd_box_distribution"] > 0
+    sum(losses.values()).backward()
+    gradients = [parameter.grad for parameter in student.model.decoder.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@families
+@torch.no_grad()
+def test_a_model_teaches_itself_nothing(family: str) -> None:
+    model = zoo.build(family)
+    _, output = tapped(model)
+    losses = distillation_loss(model, model, terms=[dkl.BoxDistributionTerm(weighting="uniform")])(
+        output, output, dkl.pad_targets(zoo.labels())
+    )
+    assert losses["loss_kd_box_distribution"] == 0
