@@ -141,10 +141,6 @@ MUTANTS = [
         ("weights have no sum", "masked_sum(weight, pairs, 2)", "sum_last(pairs.to(dtype), 2)", weighted_value),
     ),
     *faults(
-        logits._weigh_pairs,
-        ("no weight, but a part", "weight != 0", "weight != -1", distillation("weightless")),
-    ),
-    *faults(
         _reduction.replica_weight,
         ("weights are at least 1", "at_least=[0.0]", "at_least=[1.0]", distillation("equal_weights")),
         ("no weight divides", "total > 0", "total >= 0", distillation("no_pairs")),
