@@ -21,7 +21,7 @@ HOMES = {loss.function: loss.term for loss in LOSSES.values() if not isinstance(
     dkl.query_quality: dkl.FeatureTerm,
     dkl.match_targets: dkl.TargetMatching,
 }
-DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "boxes"}
+DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "boxes", "query_mask", "teacher_mask"}
 DATA |= {f"{model}_{what}" for model in ("student", "teacher") for what in ("bins", "scale")}
 RENAMED = {
     (dkl.match_teacher, "weight_class"): "cost_class",
