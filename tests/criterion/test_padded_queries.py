@@ -38,7 +38,7 @@ def step(number, more=0, *, images=2):
     """Student, teacher and targets, the teacher with so much padding, and a group with it."""
     student, teacher = make_output(0, 3, 7, group=number, requires_grad=True), make_output(1, 3, number)
     if more:
-        group = dkl.Predictions(*(padded(part, more, value=0.3) for part in student.group))
+        group = dkl.Predictions(*(padded(part.detach(), more, value=0.3).requires_grad_() for part in student.group))
         mask = (torch.arange(number + more) < number).expand(images, -1)
         said = (padded(part, more) for part in (teacher.logits, teacher.boxes, teacher.queries))
         teacher = dkl.DetectorOutput(*said, features=teacher.features, query_mask=mask)
