@@ -16,6 +16,7 @@ __all__ = ["FeatureProjection"]
 Levels = Tensor | Sequence[Tensor]
 
 _WHOLE = 1 - 1e-5
+_KEEPS_CHANNELS = (nn.Identity, type(None))  # a tuple: the compiler of PyTorch 2.6 cannot trace a union
 
 
 def as_levels(levels: Levels) -> list[Tensor]:
@@ -95,7 +96,7 @@ class FeatureProjection(nn.ModuleList):
     ) -> Tensor:
         """One level, projected and resized. Where neither mixes cells or channels the loss itself blanks padding."""
         _validate_channels(index, student, teacher, projection)
-        projects, size = not isinstance(projection, (nn.Identity, type(None))), teacher.shape[-2:]
+        projects, size = not isinstance(projection, _KEEPS_CHANNELS), teacher.shape[-2:]
         there = None
         if mask is not None and mask.ndim == 3 and (projects or student.shape[-2:] != size):
             there = resized_mask(mask, student.shape[-2:]).unsqueeze(1) | student.isfinite().all(1, keepdim=True)
@@ -126,7 +127,7 @@ def _validate_channels(index: int, student: Tensor, teacher: Tensor, projection:
                 f"got {channels[0]} and {channels[1]}"
             )
             raise ValueError(msg)
-    elif isinstance(projection, (nn.Identity, type(None))) and channels[0] != channels[1]:
+    elif isinstance(projection, _KEEPS_CHANNELS) and channels[0] != channels[1]:
         msg = (
             f"`student_features` and `teacher_features` must have the same channels in level {index}, or set "
             f"`student_channels` and `teacher_channels`, one number per level, to learn a projection; "
