@@ -204,7 +204,9 @@ def test_no_register_is_spilled(compiler):
                 of_queries = torch.empty(6, 2, queries, 256), torch.empty(6, 2, queries)
                 launch(dtype, layout, summarize_queries(*of_queries, variant))
     for kernel, count in zip(kernels, (16, 4), strict=True):
-        assert compiler.memory_of_registers(kernel) == count * [{"STACK": 0, "LOCAL": 0}]
+        memory = compiler.memory_of_registers(kernel)
+        assert 0 < len(memory) <= count  # which arguments share a compilation differs between versions
+        assert all(each == {"STACK": 0, "LOCAL": 0} for each in memory)
 
 
 def test_the_number_of_targets_does_not_matter_to_the_compiler(compiler):
