@@ -17,13 +17,13 @@ import detr_kd_losses as dkl
 TEACHER: dict[str, Any] = {"num_queries": 48, "backbone_width": 16, "residual_blocks": 1, "encoder_layers": 2}
 STUDENT: dict[str, Any] = {"num_queries": 16, "backbone_width": 8, "residual_blocks": 0, "encoder_layers": 1}
 
-ALONE, RECOMMENDED = "student alone", "+ logits + features"
+ALONE, BOTH = "student alone", "+ logits + features"
 SETTINGS: dict[str, set[str]] = {  # which of the three losses join the detection loss
     ALONE: set(),
     "+ logits": {"logits"},
     "+ features": {"feature"},
     "+ query group": {"query_group"},
-    RECOMMENDED: {"logits", "feature"},
+    BOTH: {"logits", "feature"},
     "+ all three": {"logits", "feature", "query_group"},
 }
 

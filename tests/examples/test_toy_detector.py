@@ -184,7 +184,7 @@ def test_three_steps_of_training(setting: str) -> None:
 
 
 def test_training_depends_on_the_seed_alone() -> None:
-    (first, _), (again, _) = few_steps(runs.RECOMMENDED), few_steps(runs.RECOMMENDED)
+    (first, _), (again, _) = few_steps(runs.BOTH), few_steps(runs.BOTH)
     for parameter, expected in zip(again.parameters(), first.parameters(), strict=True):
         assert torch.equal(parameter, expected)
 
@@ -216,9 +216,9 @@ def test_the_picture_says_what_came_out(tmp_path: Path, monkeypatch: pytest.Monk
     runs.train_teacher(tmp_path, scale, on_step=lambda: None)
     students = {
         setting: {0: runs.train_student(setting, 0, tmp_path, scale, on_step=lambda: None)}
-        for setting in (runs.ALONE, runs.RECOMMENDED)
+        for setting in (runs.ALONE, runs.BOTH)
     }
-    students[runs.ALONE][0].ap[-1], students[runs.RECOMMENDED][0].ap[-1] = 30.0, 20.0
+    students[runs.ALONE][0].ap[-1], students[runs.BOTH][0].ap[-1] = 30.0, 20.0
     assert "-10.0 AP for the student, better on 0 of 1 seeds" in draw.headline(students)
     draw.draw_comparison(students, tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
