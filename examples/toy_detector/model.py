@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,18 @@ from torch import Tensor, nn
 import detr_kd_losses as dkl
 
 
+class Group(NamedTuple):
+    """Queries (Q, D) and their anchors (Q, 4), logits of cxcywh boxes, beside those that a detector has."""
+
+    queries: Tensor
+    anchors: Tensor
+
+
 class TinyDETR(nn.Module):
     """A DETR for small images that answers with a `DetectorOutput`.
 
     A decoder layer refines the boxes of the layer before it, and looks at the image near these boxes only. `forward`
-    takes a second group of queries, those of a teacher, which shares every weight and sees none of the student's own.
+    takes a second group of queries, such as a teacher's, which shares every weight and sees none of the student's own.
     """
 
     def __init__(
@@ -43,17 +51,17 @@ class TinyDETR(nn.Module):
             nn.init.zeros_(box_head[-1].weight)  # every box starts at its anchor
             nn.init.zeros_(box_head[-1].bias)
 
-    def forward(self, images: Tensor, teacher: TinyDETR | None = None) -> dkl.DetectorOutput:
-        """Detect in images (B, 3, H, W); a teacher given here sends its queries along as a separate group."""
+    def forward(self, images: Tensor, group: Group | None = None) -> dkl.DetectorOutput:
+        """Detect in images (B, 3, H, W), and separately from the own queries with those of a group."""
         features = self.encode(images)
-        if teacher is None:
+        if group is None:
             boxes, logits, queries = self.decode(features, self.queries, self.anchors)
             return dkl.DetectorOutput(logits=logits, boxes=boxes, queries=queries, features=features)
-        sizes = [len(self.queries), len(teacher.queries)]
+        sizes = [len(self.queries), len(group.queries)]
         boxes, logits, queries = self.decode(
             features,
-            torch.cat([self.queries, teacher.queries.detach()]),
-            torch.cat([self.anchors, teacher.anchors.detach()]),
+            torch.cat([self.queries, group.queries]),
+            torch.cat([self.anchors, group.anchors]),
             dkl.query_group_attention_mask(sizes),
         )
         boxes, group_boxes = boxes.split(sizes, dim=2)
@@ -65,6 +73,10 @@ class TinyDETR(nn.Module):
             features=features,
             group=dkl.Predictions(group_logits, group_boxes),
         )
+
+    def own_group(self) -> Group:
+        """Return the own queries as a group for another detector, which teaches them nothing."""
+        return Group(self.queries.detach(), self.anchors.detach())
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the encoder's feature map (B, D, h, w)."""

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from average_precision import average_precision
-from model import TinyDETR
+from model import Group, TinyDETR
 from shapes import ShapeImages
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class Teacher:
         """Run the teacher over the training images: once, as the images are never augmented."""
         return cls(model, predict(model, data))
 
+    def group(self) -> Group:
+        """Return the queries that the teacher sends along with the student's own."""
+        return self.model.own_group()
+
     def batch(self, indices: Tensor) -> dkl.DetectorOutput:
         """Return the cached outputs of some images."""
         outputs = self.outputs
@@ -50,6 +55,13 @@ class Teacher:
             queries=outputs.queries[:, indices],
             features=outputs.features[indices],
         )
+
+
+class Losses(NamedTuple):
+    """The losses of a step: a scalar, and scalars by name."""
+
+    detection: Tensor
+    distillation: dict[str, Tensor]
 
 
 def train(
@@ -65,24 +77,31 @@ def train(
     learning_rate: float = 2e-3,
     evaluations: int = 5,
     on_step: Callable[[], None] = lambda: None,
+    set_weights: Callable[[float], None] | None = None,
+    watch: Callable[[int, Losses], None] | None = None,
 ) -> History:
-    """Train `model` in place: detection loss, plus the distillation terms where there is a teacher."""
+    """Train `model` in place: detection loss, plus the distillation terms where there is a teacher.
+
+    `set_weights` is called with the progress in [0, 1) before each step, `watch` with the step and its losses, before
+    they are differentiated; its time does not count.
+    """
     modules = [model] if distillation is None else [model, distillation]  # the latter may own a projection
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     evaluate_at = {round(steps * (k + 1) / evaluations) for k in range(evaluations)}
-    query_group = distillation is not None and "group" in distillation.needs
     history = History()
     for step, indices in zip(range(1, steps + 1), endless_batches(len(data), batch_size, seed), strict=False):
         start = time.process_time()
-        batch = data.select(indices)
-        student_output = model(batch.normalised(), teacher.model if query_group else None)
-        loss = detection_loss(student_output, batch.targets)
-        if distillation is not None:
-            loss = loss + sum(distillation(student_output, teacher.batch(indices), batch.targets).values())
+        if set_weights is not None:
+            set_weights((step - 1) / steps)
+        losses = step_losses(model, data.select(indices), indices, teacher, distillation)
+        if watch is not None:
+            paused = time.process_time()
+            watch(step, losses)
+            start += time.process_time() - paused
         optimizer.zero_grad()
-        loss.backward()
+        (losses.detection + sum(losses.distillation.values())).backward()
         torch.nn.utils.clip_grad_norm_(parameters, max_norm=5.0)
         optimizer.step()
         schedule.step()
@@ -94,6 +113,23 @@ def train(
             history.ap50.append(ap50)
         on_step()
     return history
+
+
+def step_losses(
+    model: TinyDETR,
+    batch: ShapeImages,
+    indices: Tensor,
+    teacher: Teacher | None,
+    distillation: dkl.DETRDistillationLoss | None,
+) -> Losses:
+    """Return the losses of one batch, whose images have the given indices in the training data."""
+    if teacher is None or distillation is None:
+        return Losses(detection_loss(model(batch.normalised()), batch.targets), {})
+    teacher_output = teacher.batch(indices)
+    student_output = model(batch.normalised(), teacher.group() if "group" in distillation.needs else None)
+    return Losses(
+        detection_loss(student_output, batch.targets), distillation(student_output, teacher_output, batch.targets)
+    )
 
 
 def detection_loss(output: dkl.DetectorOutput, targets: dkl.Targets) -> Tensor:

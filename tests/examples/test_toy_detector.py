@@ -133,20 +133,20 @@ def test_average_precision_agrees_with_its_definition() -> None:
 def test_the_teachers_queries_leave_the_students_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = tiny_detector(num_queries=6), tiny_detector(num_queries=10, seed=1)
     images = shapes.make_shapes(3, 0).normalised()
-    alone, together = student(images), student(images, teacher)
+    alone, together = student(images), student(images, teacher.own_group())
     assert together.group.logits.shape == (2, 3, 10, 8)
     for name in ("logits", "boxes", "queries"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-5, atol=1e-5)
 
     monkeypatch.setattr(dkl, "query_group_attention_mask", lambda sizes: torch.zeros(sum(sizes), sum(sizes)).bool())
-    mixed = student(images, teacher)
+    mixed = student(images, teacher.own_group())
     for name in ("logits", "boxes", "queries"):
         assert (getattr(mixed, name) - getattr(alone, name)).abs().max() > 1e-2
 
 
 def test_the_query_group_teaches_the_student_and_not_the_teacher() -> None:
     student, teacher = tiny_detector(num_queries=6), tiny_detector(num_queries=10, seed=1)
-    output = student(shapes.make_shapes(3, 0).normalised(), teacher)
+    output = student(shapes.make_shapes(3, 0).normalised(), teacher.own_group())
     (output.group.logits.sum() + output.group.boxes.sum()).backward()
     assert student.decoder[0].self_attention.in_proj_weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -1,0 +1,149 @@
+"""Do the trainings of some tables that have not been done yet: `python -m experiments.run TABLE ... [--workers 2]`.
+
+From the folder `examples`. A row is written when its training is done: stop this whenever you like, and call it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import device_name
+from experiments.rows import RESULTS, Row, Run, append_row, read_rows
+from experiments.settings import SETTINGS
+from experiments.tables import TABLES
+from experiments.training import has_teacher, train_student, train_teacher
+from experiments.worlds import WORLDS
+
+CACHE = Path(__file__).parent / "cache"
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; without one: what there is and is missing")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--setting", help="this setting alone")
+    parser.add_argument("--seed", type=int, action="append", help="these seeds alone, others than a table's, too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained teachers")
+    arguments = parser.parse_args()
+    if not arguments.tables:
+        show_what_is_missing(arguments.results)
+    for name in arguments.tables:
+        runs = wanted_runs(name, arguments.setting, arguments.seed)
+        done = read_rows(WORLDS, arguments.results)
+        do_table(name, [run for run in runs if run not in done], arguments)
+
+
+def wanted_runs(table: str, setting: str | None, seeds: list[int] | None) -> list[Run]:
+    """Return the runs of a table, or a part of them, or the same with other seeds."""
+    runs = list(TABLES[table].runs())
+    if seeds is not None:
+        runs = [run._replace(seed=seed) for seed in seeds for run in runs if run.seed == 0]
+    return [run for run in runs if setting in (None, run.setting)]
+
+
+def show_what_is_missing(results: Path) -> None:
+    """Print how many rows of each table there are."""
+    done = read_rows(WORLDS, results)
+    for name, table in TABLES.items():
+        runs = list(table.runs())
+        print(f"{name:<24}{sum(run in done for run in runs):>4} of {len(runs)} rows")
+
+
+def do_table(name: str, runs: list[Run], arguments: argparse.Namespace) -> None:
+    """Train the teachers that are missing, then the students, and append a row for each."""
+    teachers = {(run.world, SETTINGS[run.setting].teacher) for run in runs if SETTINGS[run.setting].needs_teacher}
+    missing = sorted(teacher for teacher in teachers if not has_teacher(*teacher, arguments.cache))
+    facts = provenance()
+    steps = sum(WORLDS[world].teachers[teacher].steps for world, teacher in missing) + sum(run.steps for run in runs)
+    progress = Progress(name, steps)
+    with ProcessPoolExecutor(
+        arguments.workers, get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
+    ) as pool:
+        jobs = [partial(pool.submit, train_teacher, *teacher, arguments.cache, end_with_parent) for teacher in missing]
+        for index, _ in finished(jobs, arguments.workers):
+            world, teacher = missing[index]
+            progress.say(WORLDS[world].teachers[teacher].steps, f"{world}: {teacher}")
+        jobs = [partial(pool.submit, train_student, run, arguments.cache, end_with_parent) for run in runs]
+        for index, row in finished(jobs, arguments.workers):
+            append_row({**row, **facts, "command": command_of(name, runs[index])}, arguments.results)
+            progress.say(runs[index].steps, summary(row))
+
+
+def finished(jobs: list[Callable[[], Future[Row]]], workers: int) -> Iterator[tuple[int, Row]]:
+    """Submit as many jobs as there are workers, yield the index and the result of each that is done, and go on."""
+    waiting = list(enumerate(jobs))
+    running: dict[Future[Row], int] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            index, submit = waiting.pop(0)
+            running[submit()] = index
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
+
+
+def start_worker(parent: int) -> None:
+    """Use one thread: small tensors gain nothing from more, and the numbers are the same each time."""
+    torch.set_num_threads(1)
+    os.environ["EXPERIMENTS_PARENT"] = str(parent)
+
+
+def end_with_parent() -> None:
+    """End this worker when whoever started it is gone: nobody would write its row."""
+    if os.getppid() != int(os.environ["EXPERIMENTS_PARENT"]):
+        sys.exit("The parent process is gone.")
+
+
+def command_of(table: str, run: Run) -> str:
+    """Return what repeats a row."""
+    return f'python -m experiments.run "{table}" --setting "{run.setting}" --seed {run.seed}'
+
+
+def provenance() -> Row:
+    """Return what the numbers of a row depend on, beside its run: the commit, and "+" where code is not committed."""
+    head = git("rev-parse", "--short=10", "HEAD")
+    changed = git("status", "--porcelain", "--", "src", "examples/toy_detector", "examples/experiments/*.py")
+    versions = {name: version(name) for name in ("torch", "numpy", "scipy", "detr_kd_losses")}
+    return {"commit": head + "+" * bool(changed), "versions": versions, "processor": device_name()}
+
+
+def git(*arguments: str) -> str:
+    """Return what git prints in this repository."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def summary(row: Row) -> str:
+    """Return a row in a few words."""
+    run = f"{row['world']}: {row['setting']}, {row['steps']} steps, seed {row['seed']}"
+    return f"{run}: AP {row['ap']:.1f}, test {row['test_ap']:.1f}, {row['seconds']:.0f} s"
+
+
+class Progress:
+    """A line for each training that is done, and how long the rest will take at this pace."""
+
+    def __init__(self, table: str, steps: int) -> None:
+        self.table, self.steps, self.done = table, steps, 0
+        self.start = time.monotonic()
+
+    def say(self, steps: int, what: str) -> None:
+        """Count the steps of a training, and print it."""
+        self.done += steps
+        left = (time.monotonic() - self.start) * (self.steps / self.done - 1) / 60
+        print(f"[{self.table} {self.done / self.steps:4.0%}, {left:.0f} min left] {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The settings that are compared, each a row of terms with their schedules: data, and no branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from train import Teacher
+
+import detr_kd_losses as dkl
+from experiments.controls import (
+    OwnGroupTerm,
+    add_teacher_boxes,
+    keep_labels,
+    replace_by_teacher_boxes,
+    send_own_group,
+    send_random_queries,
+    show_other_images,
+)
+
+Schedule = Callable[[float], float]
+
+
+def constant(progress: float) -> float:  # noqa: ARG001
+    """Stay at 1."""
+    return 1.0
+
+
+class Part(NamedTuple):
+    """A term, and what its weight is multiplied with while training goes on."""
+
+    make: Callable[[], dkl.Term]
+    schedule: Schedule = constant
+
+
+Parts = dict[str, Part]
+
+
+class Setting(NamedTuple):
+    """What joins the detection loss, who teaches, what is done to the teacher, and who says where the objects are."""
+
+    parts: Parts
+    teacher: str = "teacher"
+    change: Callable[[Teacher, Mapping[str, dkl.Term]], Teacher] | None = None
+    labels: Callable[..., Any] = keep_labels
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher has any part in it."""
+        return bool(self.parts) or self.labels is not keep_labels
+
+
+def _part(name: str, term: Callable[..., dkl.Term], **options: Any) -> Parts:
+    return {name: Part(partial(term, **options))}
+
+
+logits = partial(_part, "logits", dkl.LogitsTerm)
+features = partial(_part, "feature", dkl.FeatureTerm)
+plain_features = partial(_part, "plain", dkl.PlainFeatureTerm)
+assigned_group = partial(_part, "query_group", dkl.QueryGroupTerm)
+shared_queries = partial(_part, "shared", dkl.SharedQueryTerm)
+own_group = partial(_part, "own_group", OwnGroupTerm)
+
+
+def along(schedule: Schedule, parts: Parts) -> Parts:
+    """Let the weights of some terms follow a schedule."""
+    return {name: part._replace(schedule=schedule) for name, part in parts.items()}
+
+
+decayed = partial(along, dkl.cosine_decay)
+first_half = partial(along, partial(dkl.stop_after, end=0.5))
+positives = partial(logits, negatives="none")
+
+SETTINGS = {
+    "alone": Setting({}),
+    # One loss.
+    "features": Setting(features()),
+    "features, decayed": Setting(decayed(features())),
+    "features x3, decayed": Setting(decayed(features(weight=60.0))),
+    "logits": Setting(logits()),
+    "logits, decayed": Setting(decayed(logits())),
+    "logits / 4, decayed": Setting(decayed(logits(weight=0.25))),
+    "logits, joint, decayed": Setting(decayed(logits(matching="joint"))),
+    "logits, through targets, decayed": Setting(decayed(logits(matching="targets"))),
+    "assigned group, decayed": Setting(decayed(assigned_group())),
+    "shared queries, decayed": Setting(decayed(shared_queries())),
+    "shared queries, uniform, decayed": Setting(decayed(shared_queries(weighting="uniform"))),
+    "random queries, decayed": Setting(decayed(shared_queries(weighting="uniform")), change=send_random_queries),
+    "plain features, decayed": Setting(decayed(plain_features(weight=20.0))),
+    "plain features, pearson, decayed": Setting(decayed(plain_features(weight=20.0, distance="pearson"))),
+    "plain features, cosine, decayed": Setting(decayed(plain_features(weight=20.0, distance="cosine"))),
+    "plain features, channel, decayed": Setting(decayed(plain_features(weight=20.0, distance="channel"))),
+    "features, official, decayed": Setting(decayed(features(variant="official"))),
+    "features, normaliser of the paper, decayed": Setting(decayed(features(normalize=None))),
+    # Pairs and all.
+    "logits + features": Setting(logits() | features()),
+    "logits + features, decayed": Setting(decayed(logits() | features())),
+    "logits / 4 + features, decayed": Setting(decayed(logits(weight=0.25) | features())),
+    "shared queries + features, decayed": Setting(decayed(shared_queries() | features())),
+    "shared queries in the first half + features, decayed": Setting(first_half(shared_queries()) | decayed(features())),
+    "assigned group + features, decayed": Setting(decayed(assigned_group() | features())),
+    "paper": Setting(logits() | features() | assigned_group()),
+    "paper, decayed": Setting(decayed(logits() | features() | assigned_group())),
+    "official": Setting(logits(matching="joint") | features(variant="official") | assigned_group()),
+    # Parts of the logits loss, beside decayed features.
+    "logits, classes alone": Setting(decayed(features()) | positives(weight_bbox=0.0, weight_giou=0.0)),
+    "logits, boxes alone": Setting(decayed(features()) | positives(weight_class=0.0)),
+    "logits, positives": Setting(decayed(features()) | positives()),
+    "logits, negatives alone": Setting(decayed(features()) | logits(weight=1e-6, weight_negative=1e6)),
+    "logits, first half": Setting(decayed(features()) | first_half(logits())),
+    "logits, temperature 2": Setting(
+        decayed(features()) | positives(temperature=2.0, weight_bbox=0.0, weight_giou=0.0)
+    ),
+    # Controls.
+    "own group": Setting(own_group(), change=send_own_group),
+    "own group, decayed": Setting(decayed(own_group()), change=send_own_group),
+    "teacher's boxes too": Setting({}, labels=add_teacher_boxes),
+    "teacher's boxes as labels": Setting({}, labels=replace_by_teacher_boxes),
+    "features of other images, decayed": Setting(
+        decayed(features()), change=partial(show_other_images, fields=("features",))
+    ),
+    "logits of other images, decayed": Setting(
+        decayed(logits()), change=partial(show_other_images, fields=("logits", "boxes"))
+    ),
+    "a barely better teacher: features, decayed": Setting(decayed(features()), teacher="barely better"),
+    "a barely better teacher: logits + features, decayed": Setting(
+        decayed(logits() | features()), teacher="barely better"
+    ),
+    "a student as teacher: features, decayed": Setting(decayed(features()), teacher="a student"),
+    "a student as teacher: logits + features, decayed": Setting(decayed(logits() | features()), teacher="a student"),
+}

@@ -1,0 +1,66 @@
+"""Which trainings belong to which table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from experiments.rows import Run
+
+
+class Table(NamedTuple):
+    """Settings and lengths of training in one world, each with so many seeds."""
+
+    world: str
+    steps: tuple[int, ...]
+    settings: tuple[str, ...]
+    seeds: int = 5
+
+    def runs(self) -> Iterator[Run]:
+        """Yield seed by seed, so that whenever a session ends some seeds are complete."""
+        for seed in range(self.seeds):
+            for setting in self.settings:
+                for steps in self.steps:
+                    yield Run(self.world, setting, steps, seed)
+
+
+FIRST = (
+    "alone",
+    "features, decayed",
+    "logits + features",
+    "shared queries + features, decayed",
+    "features",
+    "logits + features, decayed",
+    "logits / 4 + features, decayed",
+    "assigned group, decayed",
+)
+CONTROLS = (
+    "own group",
+    "own group, decayed",
+    "teacher's boxes as labels",
+    "features of other images, decayed",
+    "logits of other images, decayed",
+)
+TABLES = {
+    "demo": Table("demo", (600,), FIRST),
+    "demo, equal time": Table("demo", (700, 1200), ("alone",)),
+    "main": Table("shapes", (2000,), FIRST),
+    "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
+    "long": Table("shapes", (6000,), ("alone", "features, decayed", "logits + features"), seeds=3),
+    "demo, controls": Table("demo", (600,), CONTROLS),
+    "why logits harm": Table(
+        "shapes",
+        (2000,),
+        (
+            "logits, positives",
+            "logits, classes alone",
+            "logits, boxes alone",
+            "logits, negatives alone",
+            "logits, first half",
+        ),
+        seeds=3,
+    ),
+    "labels": Table(
+        "shapes, jittered, gaps", (2000,), ("alone", "features, decayed", "logits + features, decayed"), seeds=3
+    ),
+}

@@ -1,0 +1,170 @@
+"""One training as a row of the results, and the teachers that it needs, each trained once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import TinyDETR
+from runs import STUDENT
+from torch import Tensor
+from train import History, Losses, Teacher, evaluate, train
+
+import detr_kd_losses as dkl
+from experiments.rows import Row, Run
+from experiments.settings import SETTINGS, Parts
+from experiments.worlds import (
+    DATA_SETS,
+    TEST,
+    VALIDATION,
+    WORLDS,
+    Recipe,
+    all_images,
+    held_out_images,
+    training_images,
+)
+
+SHARES_AT = (0.02, 0.1, 0.25, 0.5, 0.75, 0.95)  # progress at which the gradients of the terms are measured
+
+
+def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
+    """Train one student, the same for each setting but for what joins its loss, and return what came out."""
+    setting = SETTINGS[run.setting]
+    torch.manual_seed(run.seed)
+    model = detector(run.world, STUDENT)
+    criterion = dkl.DETRDistillationLoss({name: part.make() for name, part in setting.parts.items()})
+    teacher = ready_teacher(run.world, setting.teacher, cache) if setting.needs_teacher else None
+    data = setting.labels(training_images(run.world), all_images(run.world), teacher)
+    if setting.change is not None:
+        teacher = setting.change(teacher, criterion.terms)
+    norms: dict[str, Any] = {"steps": []}
+    history = train(
+        model,
+        data,
+        held_out_images(run.world, VALIDATION),
+        steps=run.steps,
+        seed=run.seed,
+        teacher=teacher,
+        distillation=criterion if setting.parts else None,
+        set_weights=weight_setter(criterion, setting.parts),
+        watch=gradient_watcher(model, criterion, run.steps, norms) if setting.parts else None,
+        on_step=on_step,
+    )
+    test_ap, test_ap50 = evaluate(model, held_out_images(run.world, TEST))
+    return {
+        **run._asdict(),
+        "ap": rounded(history.ap[-1]),
+        "ap50": rounded(history.ap50[-1]),
+        "test_ap": rounded(test_ap),
+        "test_ap50": rounded(test_ap50),
+        "seconds": rounded(history.seconds),
+        "curve": curve(history),
+        "gradient_norms": norms,
+        "teacher": teacher_facts(run.world, setting.teacher, cache) if teacher else None,
+    }
+
+
+def weight_setter(criterion: dkl.DETRDistillationLoss, parts: Parts) -> Callable[[float], None]:
+    """Return a function of the progress that lets the weight of every term follow its schedule."""
+    weights = {name: term.weight for name, term in criterion.terms.items()}
+
+    def set_weights(progress: float) -> None:
+        for name, term in criterion.terms.items():
+            term.weight = weights[name] * parts[name].schedule(progress)
+
+    return set_weights
+
+
+def gradient_watcher(
+    model: TinyDETR, criterion: dkl.DETRDistillationLoss, steps: int, norms: dict[str, Any]
+) -> Callable[[int, Losses], None]:
+    """Return a function that notes, now and then, how long the gradients of the detection loss and of each term are."""
+    watched = {max(1, round(steps * progress)) for progress in SHARES_AT}
+
+    def watch(step: int, losses: Losses) -> None:
+        if step not in watched:
+            return
+        terms = {name: sum_of(losses.distillation, term.names) for name, term in criterion.terms.items()}
+        measured = dkl.loss_magnitudes(
+            {"detection": losses.detection, **terms}, losses.detection, list(model.parameters())
+        )
+        norms["steps"].append(step)
+        for name, magnitude in measured.items():
+            norms.setdefault(name, []).append(rounded(magnitude.gradient_norm.item()))
+
+    return watch
+
+
+def sum_of(losses: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Return the sum of those losses that there are: a term that is at rest may have none."""
+    return sum((losses[name] for name in names if name in losses), start=torch.zeros(()))
+
+
+def curve(history: History) -> list[list[float]]:
+    """Return step, AP and AP50 of the validation images, as often as they were computed."""
+    values = zip(history.steps, history.ap, history.ap50, strict=True)
+    return [[step, rounded(ap), rounded(ap50)] for step, ap, ap50 in values]
+
+
+def rounded(number: float) -> float:
+    """Return a number as a row has it."""
+    return float(f"{number:.5g}")
+
+
+def detector(world: str, model: dict[str, Any]) -> TinyDETR:
+    """Return an untrained detector for the classes of a world."""
+    return TinyDETR(num_classes=DATA_SETS[WORLDS[world].data_set].num_classes, **model)
+
+
+# ---------------------------------------------------------------------------------------------------------- teachers
+
+
+def teacher_file(world: str, teacher: str, cache: Path) -> Path:
+    """Return where a teacher is kept."""
+    return cache / f"{world}--{teacher}.pt"
+
+
+def has_teacher(world: str, teacher: str, cache: Path) -> bool:
+    """Return whether a teacher of this recipe is there."""
+    path = teacher_file(world, teacher, cache)
+    return path.exists() and torch.load(path)["recipe"] == recipe_text(world, teacher)
+
+
+def recipe_text(world: str, teacher: str) -> str:
+    """Return what a teacher depends on."""
+    return f"{WORLDS[world].teachers[teacher]} on {WORLDS[world]._replace(teachers={})}"
+
+
+def train_teacher(world: str, teacher: str, cache: Path, on_step: Callable[[], None]) -> None:
+    """Train a teacher on the labels of its world, and keep it."""
+    recipe: Recipe = WORLDS[world].teachers[teacher]
+    torch.manual_seed(recipe.seed)
+    model = detector(world, recipe.model)
+    validation = held_out_images(world, VALIDATION)
+    history = train(model, training_images(world), validation, steps=recipe.steps, seed=recipe.seed, on_step=on_step)
+    test_ap, _ = evaluate(model, held_out_images(world, TEST))
+    facts = {"ap": rounded(history.ap[-1]), "test_ap": rounded(test_ap), "seconds": rounded(history.seconds)}
+    saved = {"recipe": recipe_text(world, teacher), "weights": model.state_dict(), "facts": facts}
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = teacher_file(world, teacher, cache).with_suffix(".part")
+    torch.save(saved, unfinished)
+    unfinished.replace(teacher_file(world, teacher, cache))
+
+
+@lru_cache(maxsize=2)
+def ready_teacher(world: str, teacher: str, cache: Path) -> Teacher:
+    """Load a teacher, and what it says about all training images."""
+    model = detector(world, WORLDS[world].teachers[teacher].model)
+    model.load_state_dict(torch.load(teacher_file(world, teacher, cache))["weights"])
+    return Teacher.from_model(model.eval(), all_images(world))
+
+
+def teacher_facts(world: str, teacher: str, cache: Path) -> dict[str, Any]:
+    """Return how good a teacher is, what it cost, and a fingerprint that tells it from another of the same recipe."""
+    saved = torch.load(teacher_file(world, teacher, cache))
+    digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in saved["weights"].values()))
+    return {"name": teacher, **saved["facts"], "digest": digest.hexdigest()[:8]}

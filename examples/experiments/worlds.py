@@ -1,0 +1,102 @@
+"""What everyone learns from: images, labels as an annotator left them, and the teachers trained on these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from runs import STUDENT, TEACHER
+from shapes import CLASSES, ShapeImages, make_shapes
+from torch import Tensor
+
+import detr_kd_losses as dkl
+
+
+class DataSet(NamedTuple):
+    """Images by number and seed, and their classes."""
+
+    draw: Callable[[int, int], ShapeImages]
+    num_classes: int
+
+
+class LabelNoise(NamedTuple):
+    """How labels differ from the truth: in parts of a box's size (standard deviations), and of the objects."""
+
+    shift: float = 0.0
+    resize: float = 0.0
+    missing: float = 0.0
+
+
+class Recipe(NamedTuple):
+    """How a teacher is trained."""
+
+    model: dict[str, Any]
+    steps: int
+    seed: int = 0
+
+
+class World(NamedTuple):
+    """The training images, the labels that teacher and student alike get to see, and the teachers."""
+
+    images: int
+    teachers: Mapping[str, Recipe]
+    data_set: str = "shapes"
+    noise: LabelNoise = LabelNoise()
+    labelled: int | None = None  # the first so many images have labels; None: all
+
+
+DATA_SETS = {"shapes": DataSet(make_shapes, len(CLASSES))}
+
+TEACHERS = {
+    "teacher": Recipe(TEACHER, steps=3000),
+    "barely better": Recipe(STUDENT, steps=3000, seed=100),
+    "a student": Recipe(STUDENT, steps=2000, seed=100),
+}
+WORLDS = {
+    "demo": World(4000, {"teacher": Recipe(TEACHER, steps=1000)}),
+    "shapes": World(6000, TEACHERS),
+    "shapes, jittered": World(6000, TEACHERS, noise=LabelNoise(shift=0.08, resize=0.1)),
+    "shapes, gaps": World(6000, TEACHERS, noise=LabelNoise(missing=0.2)),
+    "shapes, jittered, gaps": World(6000, TEACHERS, noise=LabelNoise(shift=0.08, resize=0.1, missing=0.2)),
+    "shapes, few labels": World(6000, TEACHERS, labelled=1500),
+}
+VALIDATION, TEST = (500, 1), (1000, 2)  # images, seed: the second chooses nothing
+
+
+def training_images(world: str) -> ShapeImages:
+    """Return the images that have labels, with these."""
+    images = all_images(world)
+    return images.select(torch.arange(WORLDS[world].labelled or len(images)))
+
+
+@cache
+def all_images(world: str) -> ShapeImages:
+    """Return all training images, with labels as an annotator left them and none where nobody looked."""
+    images, _, data_set, noise, labelled = WORLDS[world]
+    drawn = DATA_SETS[data_set].draw(images, 0)
+    targets = with_noise(drawn.targets, noise, seed=0)
+    seen = torch.arange(images) < (labelled or images)
+    return ShapeImages(drawn.images, dkl.Targets(targets.labels, targets.boxes, targets.mask & seen[:, None]))
+
+
+def held_out_images(world: str, part: tuple[int, int]) -> ShapeImages:
+    """Return images that nobody learns from, with exact labels."""
+    return DATA_SETS[WORLDS[world].data_set].draw(*part)
+
+
+def with_noise(targets: dkl.Targets, noise: LabelNoise, seed: int) -> dkl.Targets:
+    """Move the boxes, resize them and leave some out, the same ones for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    centre, extent = targets.boxes.split(2, -1)
+
+    def normal() -> Tensor:
+        return torch.randn(centre.shape, generator=generator)
+
+    centre = centre + noise.shift * extent * normal()
+    extent = extent * (noise.resize * normal()).exp()
+    low, high = (centre - extent / 2).clamp(0, 1), (centre + extent / 2).clamp(0, 1)  # within the image
+    boxes = torch.cat([(low + high) / 2, high - low], -1)
+    kept = torch.rand(targets.mask.shape, generator=generator) >= noise.missing
+    return dkl.Targets(targets.labels, torch.where(targets.mask[..., None], boxes, 0.0), targets.mask & kept)

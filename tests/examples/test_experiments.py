@@ -1,0 +1,190 @@
+"""The experiments: labels, controls, a row of a few steps, and a runner that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import detr_kd_losses as dkl
+
+pytest.importorskip("matplotlib", reason="the toy detector's modules draw with matplotlib")
+
+
+from experiments import rows, run, tables, training, worlds
+from experiments.settings import SETTINGS
+
+SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
+RUN = rows.Run("demo", "alone", 3, 0)
+
+
+@pytest.fixture
+def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A world of 20 images with teachers of one step; the folder of its cache."""
+    kinds = {"teacher": SMALL | {"num_queries": 10}, "barely better": SMALL, "a student": SMALL}
+    teachers = {name: worlds.Recipe(kind, steps=1) for name, kind in kinds.items()}
+    monkeypatch.setitem(worlds.WORLDS, "demo", worlds.World(20, teachers))
+    monkeypatch.setattr(training, "VALIDATION", (10, 1))
+    monkeypatch.setattr(training, "TEST", (10, 2))
+    monkeypatch.setattr(training, "STUDENT", SMALL)
+    worlds.all_images.cache_clear()
+    training.ready_teacher.cache_clear()
+    for teacher in teachers:
+        training.train_teacher("demo", teacher, tmp_path, on_step=lambda: None)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def some_targets(images: int = 300) -> dkl.Targets:
+    return worlds.DATA_SETS["shapes"].draw(images, 0).targets
+
+
+def test_noise_of_labels_is_of_the_size_that_it_says() -> None:
+    exact = some_targets()
+    noisy = worlds.with_noise(exact, worlds.LabelNoise(shift=0.08, resize=0.1, missing=0.2), seed=0)
+    centre, extent = exact.boxes.split(2, -1)
+    inside = ((centre - extent > 0) & (centre + extent < 1)).all(-1) & exact.mask  # not cut at the border
+    moved = ((noisy.boxes[..., :2] - centre) / extent)[inside]
+    resized = (noisy.boxes[..., 2:] / extent)[inside].log()
+    assert moved.std().item() == pytest.approx(0.08, rel=0.1)
+    assert resized.std().item() == pytest.approx(0.1, rel=0.1)
+    assert (noisy.mask.sum() / exact.mask.sum()).item() == pytest.approx(0.8, abs=0.05)
+    assert not (noisy.mask & ~exact.mask).any()
+
+
+def test_no_noise_leaves_labels_alone_and_noise_is_the_same_each_time() -> None:
+    exact, noise = some_targets(), worlds.LabelNoise(0.1, 0.1, 0.5)
+    unchanged = worlds.with_noise(exact, worlds.LabelNoise(), seed=0)
+    torch.testing.assert_close(unchanged.boxes, exact.boxes, rtol=0, atol=1e-6)
+    assert torch.equal(unchanged.mask, exact.mask)
+    first, again = (worlds.with_noise(exact, noise, seed=0) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_unlabelled_images_are_not_trained_on_unless_the_teacher_labels_them(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(labelled=5))
+    worlds.all_images.cache_clear()
+    assert len(worlds.training_images("demo")) == 5
+    everything = worlds.all_images("demo")
+    assert everything.targets.mask.any(1).tolist() == [True] * 5 + [False] * 15
+    teacher = training.ready_teacher("demo", "teacher", small_world)
+    teacher.outputs.logits[-1, 19, 3, 2] = 9.0  # sure of one object in the last image
+    labelled = SETTINGS["teacher's boxes too"].labels(worlds.training_images("demo"), everything, teacher)
+    assert labelled.targets.labels[19][labelled.targets.mask[19]].tolist() == [2]
+    assert labelled.targets.mask[:5].sum() == everything.targets.mask[:5].sum()
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_three_steps_of_every_setting(setting: str, small_world: Path) -> None:
+    row = training.train_student(RUN._replace(setting=setting), small_world, on_step=lambda: None)
+    assert json.loads(json.dumps(row)) == row
+    assert rows.run_of(row) == RUN._replace(setting=setting)
+    assert 0 <= row["ap"] <= row["ap50"] <= 100
+    assert (row["teacher"] is None) == (not SETTINGS[setting].needs_teacher)
+    terms = set(SETTINGS[setting].parts)
+    assert set(row["gradient_norms"]) == {"steps"} | ({"detection"} | terms if terms else set())
+
+
+def test_every_setting_of_a_table_is_known() -> None:
+    assert {setting for table in tables.TABLES.values() for setting in table.settings} <= set(SETTINGS)
+    assert {table.world for table in tables.TABLES.values()} <= set(worlds.WORLDS)
+
+
+def test_weights_follow_their_schedules() -> None:
+    parts = SETTINGS["shared queries in the first half + features, decayed"].parts
+    criterion = dkl.DETRDistillationLoss({name: part.make() for name, part in parts.items()})
+    set_weights = training.weight_setter(criterion, parts)
+    seen = []
+    for progress in (0.0, 0.5, 0.75, 0.0):
+        set_weights(progress)
+        seen.append((criterion.terms["shared"].weight, round(criterion.terms["feature"].weight, 3)))
+    assert seen == [(1.0, 20.0), (0.0, 10.0), (0.0, 2.929), (1.0, 20.0)]
+
+
+def test_other_images_are_shown_and_own_queries_are_sent(small_world: Path) -> None:
+    teacher = training.ready_teacher("demo", "teacher", small_world)
+    shown = SETTINGS["logits of other images, decayed"].change(teacher, {})
+    assert torch.equal(shown.batch(torch.tensor([0])).logits, teacher.batch(torch.tensor([10])).logits)
+    assert torch.equal(shown.batch(torch.tensor([0])).features, teacher.batch(torch.tensor([0])).features)
+    term = SETTINGS["own group"].parts["own_group"].make()
+    group = SETTINGS["own group"].change(teacher, {"own_group": term}).group()
+    assert group.queries is term.queries
+
+
+def test_random_queries_are_new_in_each_step_and_go_through_both_decoders(small_world: Path) -> None:
+    teacher = SETTINGS["random queries, decayed"].change(training.ready_teacher("demo", "teacher", small_world), {})
+    indices = torch.tensor([3, 7])
+    first = teacher.batch(indices)
+    sent = teacher.group()
+    boxes, logits, _ = teacher.model.decode(first.features, *sent)
+    torch.testing.assert_close(first.group.logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first.group.boxes, boxes, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(teacher.batch(indices).group.boxes, first.group.boxes)
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_are_read_back_and_a_line_cut_off_is_not_there(tmp_path: Path) -> None:
+    done = [{**RUN._replace(seed=seed)._asdict(), "ap": 1.5} for seed in range(3)]
+    for row in done[:2]:
+        rows.append_row(row, tmp_path)
+    path = rows.results_file("demo", tmp_path)
+    path.write_text(path.read_text() + json.dumps(done[2])[:20])  # killed while it was written
+    assert list(rows.read_rows(["demo"], tmp_path).values()) == done[:2]
+    rows.append_row(done[2], tmp_path)
+    assert list(rows.read_rows(["demo"], tmp_path).values()) == done
+
+
+def test_the_runner_goes_on_where_it_was_stopped(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Here:
+        """Runs a job in this process, where the world is small."""
+
+        def __init__(self, *arguments: object, **options: object) -> None: ...
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+        def submit(self, function, *arguments):
+            future = run.Future()
+            future.set_result(function(*arguments))
+            return future
+
+    monkeypatch.setattr(run, "ProcessPoolExecutor", Here)
+    monkeypatch.setenv("EXPERIMENTS_PARENT", str(os.getppid()))
+    monkeypatch.setitem(tables.TABLES, "small", tables.Table("demo", (2,), ("alone", "features, decayed"), seeds=2))
+    command = ["run.py", "small", "--results", str(tmp_path / "results"), "--cache", str(small_world)]
+    monkeypatch.setattr("sys.argv", command)
+    run.main()
+    path = rows.results_file("demo", tmp_path / "results")
+    first = path.read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in first] == [0, 0, 1, 1]
+    assert {"commit", "versions", "processor", "command"} <= set(json.loads(first[0]))
+    path.write_text("\n".join(first[:3]) + "\n")
+    run.main()
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["setting"], row["ap"]) for row in again] == [
+        (row["setting"], row["ap"]) for row in map(json.loads, first)
+    ]
+    assert "100%, 0 min left" in capsys.readouterr().out
+
+
+def test_the_teacher_is_trained_again_when_its_recipe_changes(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert training.has_teacher("demo", "teacher", small_world)
+    recipe = worlds.Recipe(training.STUDENT, steps=2)
+    monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(teachers={"teacher": recipe}))
+    assert not training.has_teacher("demo", "teacher", small_world)
