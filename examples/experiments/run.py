@@ -1,6 +1,7 @@
 """Do the trainings of some tables that have not been done yet: `python -m experiments.run TABLE ... [--workers 2]`.
 
 From the folder `examples`. A row is written when its training is done: stop this whenever you like, and call it again.
+All tables of one seed come before the next seed, so that a comparison is complete for the seeds that there are.
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.tables:
         show_what_is_missing(arguments.results)
+        return
+    done = read_rows(WORLDS, arguments.results)
+    missing: dict[Run, str] = {}  # and the table that asks for it first
     for name in arguments.tables:
-        runs = wanted_runs(name, arguments.setting, arguments.seed)
-        done = read_rows(WORLDS, arguments.results)
-        do_table(name, [run for run in runs if run not in done], arguments)
+        for run in wanted_runs(name, arguments.setting, arguments.seed):
+            if run not in done:
+                missing.setdefault(run, name)
+    do_runs(sorted(missing, key=lambda run: run.seed), missing, arguments)
 
 
 def wanted_runs(table: str, setting: str | None, seeds: list[int] | None) -> list[Run]:
@@ -63,13 +68,13 @@ def show_what_is_missing(results: Path) -> None:
         print(f"{name:<24}{sum(run in done for run in runs):>4} of {len(runs)} rows")
 
 
-def do_table(name: str, runs: list[Run], arguments: argparse.Namespace) -> None:
+def do_runs(runs: list[Run], tables: dict[Run, str], arguments: argparse.Namespace) -> None:
     """Train the teachers that are missing, then the students, and append a row for each."""
     teachers = {(run.world, SETTINGS[run.setting].teacher) for run in runs if SETTINGS[run.setting].needs_teacher}
     missing = sorted(teacher for teacher in teachers if not has_teacher(*teacher, arguments.cache))
     facts = provenance()
     steps = sum(WORLDS[world].teachers[teacher].steps for world, teacher in missing) + sum(run.steps for run in runs)
-    progress = Progress(name, steps)
+    progress = Progress(steps)
     with ProcessPoolExecutor(
         arguments.workers, get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
     ) as pool:
@@ -79,7 +84,7 @@ def do_table(name: str, runs: list[Run], arguments: argparse.Namespace) -> None:
             progress.say(WORLDS[world].teachers[teacher].steps, f"{world}: {teacher}")
         jobs = [partial(pool.submit, train_student, run, arguments.cache, end_with_parent) for run in runs]
         for index, row in finished(jobs, arguments.workers):
-            append_row({**row, **facts, "command": command_of(name, runs[index])}, arguments.results)
+            append_row({**row, **facts, "command": command_of(tables[runs[index]], runs[index])}, arguments.results)
             progress.say(runs[index].steps, summary(row))
 
 
@@ -134,15 +139,15 @@ def summary(row: Row) -> str:
 class Progress:
     """A line for each training that is done, and how long the rest will take at this pace."""
 
-    def __init__(self, table: str, steps: int) -> None:
-        self.table, self.steps, self.done = table, steps, 0
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done = steps, 0
         self.start = time.monotonic()
 
     def say(self, steps: int, what: str) -> None:
         """Count the steps of a training, and print it."""
         self.done += steps
         left = (time.monotonic() - self.start) * (self.steps / self.done - 1) / 60
-        print(f"[{self.table} {self.done / self.steps:4.0%}, {left:.0f} min left] {what}", flush=True)
+        print(f"[{self.done / self.steps:4.0%}, {left:.0f} min left] {what}", flush=True)
 
 
 if __name__ == "__main__":
