@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +22,13 @@ from benchmarks.measure import device_name
 from experiments.rows import RESULTS, Row, Run, append_row, read_rows
 from experiments.settings import SETTINGS
 from experiments.tables import TABLES
-from experiments.training import has_teacher, train_student, train_teacher
+from experiments.training import TeacherOf, has_teacher, train_student, train_teacher
 from experiments.worlds import WORLDS
 
 CACHE = Path(__file__).parent / "cache"
 ROOT = Path(__file__).parents[2]
+
+Job = Run | TeacherOf
 
 
 def main() -> None:
@@ -49,7 +49,8 @@ def main() -> None:
         for run in wanted_runs(name, arguments.setting, arguments.seed):
             if run not in done:
                 missing.setdefault(run, name)
-    do_runs(sorted(missing, key=lambda run: run.seed), missing, arguments)
+    runs = sorted(missing, key=lambda run: run.seed)
+    do_runs(runs, missing, workers=arguments.workers, results=arguments.results, cache=arguments.cache)
 
 
 def wanted_runs(table: str, setting: str | None, seeds: list[int] | None) -> list[Run]:
@@ -68,34 +69,50 @@ def show_what_is_missing(results: Path) -> None:
         print(f"{name:<24}{sum(run in done for run in runs):>4} of {len(runs)} rows")
 
 
-def do_runs(runs: list[Run], tables: dict[Run, str], arguments: argparse.Namespace) -> None:
-    """Train the teachers that are missing, then the students, and append a row for each."""
-    teachers = {(run.world, SETTINGS[run.setting].teacher) for run in runs if SETTINGS[run.setting].needs_teacher}
-    missing = sorted(teacher for teacher in teachers if not has_teacher(*teacher, arguments.cache))
+def do_runs(runs: list[Run], tables: dict[Run, str], *, workers: int, results: Path, cache: Path) -> None:
+    """Train the students, each teacher before the first of them that needs it, and append a row for each."""
+    jobs = with_teachers(runs, cache)
     facts = provenance()
-    steps = sum(WORLDS[world].teachers[teacher].steps for world, teacher in missing) + sum(run.steps for run in runs)
-    progress = Progress(steps)
-    with ProcessPoolExecutor(
-        arguments.workers, get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)
-    ) as pool:
-        jobs = [partial(pool.submit, train_teacher, *teacher, arguments.cache, end_with_parent) for teacher in missing]
-        for index, _ in finished(jobs, arguments.workers):
-            world, teacher = missing[index]
-            progress.say(WORLDS[world].teachers[teacher].steps, f"{world}: {teacher}")
-        jobs = [partial(pool.submit, train_student, run, arguments.cache, end_with_parent) for run in runs]
-        for index, row in finished(jobs, arguments.workers):
-            append_row({**row, **facts, "command": command_of(tables[runs[index]], runs[index])}, arguments.results)
-            progress.say(runs[index].steps, summary(row))
+    progress = Progress(sum(steps_of(job) for job in jobs))
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),)) as pool:
+        for job, row in finished(pool, jobs, workers, cache):
+            if isinstance(job, Run):
+                append_row({**row, **facts, "command": command_of(tables[job], job)}, results)
+            progress.say(steps_of(job), summary(row))
 
 
-def finished(jobs: list[Callable[[], Future[Row]]], workers: int) -> Iterator[tuple[int, Row]]:
-    """Submit as many jobs as there are workers, yield the index and the result of each that is done, and go on."""
-    waiting = list(enumerate(jobs))
-    running: dict[Future[Row], int] = {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            index, submit = waiting.pop(0)
-            running[submit()] = index
+def with_teachers(runs: list[Run], cache: Path) -> list[Job]:
+    """Return the runs, with each teacher that is missing before the first run that needs it."""
+    jobs: dict[Job, None] = {}
+    for run in runs:
+        teacher = teacher_of(run)
+        if teacher is not None and teacher not in jobs and not has_teacher(*teacher, cache):
+            jobs[teacher] = None
+        jobs[run] = None
+    return list(jobs)
+
+
+def teacher_of(run: Run) -> TeacherOf | None:
+    """Return the teacher that a run needs."""
+    setting = SETTINGS[run.setting]
+    return TeacherOf(run.world, setting.teacher) if setting.needs_teacher else None
+
+
+def steps_of(job: Job) -> int:
+    """Return how many steps a job takes."""
+    return job.steps if isinstance(job, Run) else WORLDS[job.world].teachers[job.name].steps
+
+
+def finished(pool: ProcessPoolExecutor, jobs: list[Job], workers: int, cache: Path) -> Iterator[tuple[Job, Row]]:
+    """Yield each job that is done with its row, and keep the workers busy with those whose teacher is there."""
+    running: dict[Future[Row], Job] = {}
+    while jobs or running:
+        untrained = [job for job in [*jobs, *running.values()] if isinstance(job, TeacherOf)]
+        ready = [job for job in jobs if isinstance(job, TeacherOf) or teacher_of(job) not in untrained]
+        for job in ready[: workers - len(running)]:
+            train = train_student if isinstance(job, Run) else train_teacher
+            running[pool.submit(train, job, cache, end_with_parent)] = job
+            jobs = [other for other in jobs if other != job]
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             yield running.pop(future), future.result()
 
@@ -109,7 +126,7 @@ def start_worker(parent: int) -> None:
 def end_with_parent() -> None:
     """End this worker when whoever started it is gone: nobody would write its row."""
     if os.getppid() != int(os.environ["EXPERIMENTS_PARENT"]):
-        sys.exit("The parent process is gone.")
+        os._exit(1)
 
 
 def command_of(table: str, run: Run) -> str:
@@ -131,9 +148,9 @@ def git(*arguments: str) -> str:
 
 
 def summary(row: Row) -> str:
-    """Return a row in a few words."""
-    run = f"{row['world']}: {row['setting']}, {row['steps']} steps, seed {row['seed']}"
-    return f"{run}: AP {row['ap']:.1f}, test {row['test_ap']:.1f}, {row['seconds']:.0f} s"
+    """Return what came out of a training in a few words."""
+    who = ", ".join(str(value) for name, value in row.items() if name in ("world", "setting", "name", "steps", "seed"))
+    return f"{who}: AP {row['ap']:.1f}, test {row['test_ap']:.1f}, {row['seconds']:.0f} s"
 
 
 class Progress:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from model import TinyDETR
@@ -29,6 +29,13 @@ from experiments.worlds import (
 )
 
 SHARES_AT = (0.02, 0.1, 0.25, 0.5, 0.75, 0.95)  # progress at which the gradients of the terms are measured
+
+
+class TeacherOf(NamedTuple):
+    """Which teacher of which world."""
+
+    world: str
+    name: str
 
 
 def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
@@ -139,20 +146,22 @@ def recipe_text(world: str, teacher: str) -> str:
     return f"{WORLDS[world].teachers[teacher]} on {WORLDS[world]._replace(teachers={})}"
 
 
-def train_teacher(world: str, teacher: str, cache: Path, on_step: Callable[[], None]) -> None:
-    """Train a teacher on the labels of its world, and keep it."""
-    recipe: Recipe = WORLDS[world].teachers[teacher]
+def train_teacher(which: TeacherOf, cache: Path, on_step: Callable[[], None]) -> Row:
+    """Train a teacher on the labels of its world, keep it, and return how good it is and what it cost."""
+    world, name = which
+    recipe: Recipe = WORLDS[world].teachers[name]
     torch.manual_seed(recipe.seed)
     model = detector(world, recipe.model)
     validation = held_out_images(world, VALIDATION)
     history = train(model, training_images(world), validation, steps=recipe.steps, seed=recipe.seed, on_step=on_step)
     test_ap, _ = evaluate(model, held_out_images(world, TEST))
     facts = {"ap": rounded(history.ap[-1]), "test_ap": rounded(test_ap), "seconds": rounded(history.seconds)}
-    saved = {"recipe": recipe_text(world, teacher), "weights": model.state_dict(), "facts": facts}
+    saved = {"recipe": recipe_text(world, name), "weights": model.state_dict(), "facts": facts}
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = teacher_file(world, teacher, cache).with_suffix(".part")
+    unfinished = teacher_file(world, name, cache).with_suffix(".part")
     torch.save(saved, unfinished)
-    unfinished.replace(teacher_file(world, teacher, cache))
+    unfinished.replace(teacher_file(world, name, cache))
+    return {**which._asdict(), **facts}
 
 
 @lru_cache(maxsize=2)

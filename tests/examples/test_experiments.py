@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import detr_kd_losses as dkl
 pytest.importorskip("matplotlib", reason="the toy detector's modules draw with matplotlib")
 
 
-from experiments import rows, run, tables, training, worlds
+from experiments import check, comparison, page, plot, rows, run, tables, training, worlds
 from experiments.settings import SETTINGS
 
 SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
@@ -33,7 +35,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     worlds.all_images.cache_clear()
     training.ready_teacher.cache_clear()
     for teacher in teachers:
-        training.train_teacher("demo", teacher, tmp_path, on_step=lambda: None)
+        training.train_teacher(training.TeacherOf("demo", teacher), tmp_path, on_step=lambda: None)
     return tmp_path
 
 
@@ -158,7 +160,7 @@ def test_the_runner_goes_on_where_it_was_stopped(
 
         def __exit__(self, *exception: object) -> None: ...
         def submit(self, function, *arguments):
-            future = run.Future()
+            future = Future()
             future.set_result(function(*arguments))
             return future
 
@@ -181,6 +183,33 @@ def test_the_runner_goes_on_where_it_was_stopped(
     assert "100%, 0 min left" in capsys.readouterr().out
 
 
+def test_a_missing_teacher_is_trained_before_the_first_run_that_needs_it(small_world: Path, tmp_path: Path) -> None:
+    taught, alone = RUN._replace(setting="features"), RUN
+    assert run.with_teachers([alone, taught], small_world) == [alone, taught]
+    missing = run.with_teachers([alone, taught, taught._replace(seed=1)], tmp_path / "empty")
+    assert missing == [alone, training.TeacherOf("demo", "teacher"), taught, taught._replace(seed=1)]
+
+
+def test_no_run_begins_before_its_teacher_is_trained(tmp_path: Path) -> None:
+    class Pool:
+        """Notes the jobs, and finishes each at once."""
+
+        def __init__(self) -> None:
+            self.jobs: list[object] = []
+
+        def submit(self, function: object, job: object, *others: object) -> Future:
+            self.jobs.append(job)
+            future: Future = Future()
+            future.set_result({})
+            return future
+
+    pool, taught, teacher = Pool(), RUN._replace(setting="features"), training.TeacherOf("demo", "teacher")
+    jobs = [teacher, taught, RUN]
+    done = [job for job, _ in run.finished(pool, jobs, 2, tmp_path)]
+    assert pool.jobs == [teacher, RUN, taught]
+    assert sorted(map(str, done)) == sorted(map(str, jobs))
+
+
 def test_the_teacher_is_trained_again_when_its_recipe_changes(
     small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,3 +217,88 @@ def test_the_teacher_is_trained_again_when_its_recipe_changes(
     recipe = worlds.Recipe(training.STUDENT, steps=2)
     monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(teachers={"teacher": recipe}))
     assert not training.has_teacher("demo", "teacher", small_world)
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+def made_rows(values: dict[tuple[str, int, int], float]) -> dict[rows.Run, rows.Row]:
+    """Rows of one world by setting, steps and seed, with a test AP."""
+    made = {rows.Run("shapes", *key): {"test_ap": value} for key, value in values.items()}
+    return {run: {**run._asdict(), **row} for run, row in made.items()}
+
+
+def test_gains_are_paired_by_seed() -> None:
+    values = {("alone", 2000, seed): ap for seed, ap in enumerate((50.0, 54.0, 58.0))}
+    values |= {("better", 2000, seed): ap for seed, ap in enumerate((53.0, 58.0, 63.0, 90.0))}
+    found = comparison.gain(made_rows(values), rows.Run("shapes", "better", 2000, 0))
+    assert (found.mean, found.deviation, found.count) == (4.0, 1.0, 3)
+    assert found.two_errors == pytest.approx(2 / 3**0.5)  # the fourth seed has no partner
+    assert found.verdict == "above"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict"),
+    [
+        ((1.0, 1.1), "too few seeds"),
+        ((1.0, 1.1, 0.9), "above"),
+        ((-1.0, -1.1, -0.9), "below"),
+        ((1.0, -1.0, 2.0), "not told apart"),
+    ],
+)
+def test_verdicts(numbers: tuple[float, ...], verdict: str) -> None:
+    assert comparison.sample(numbers).verdict == verdict
+
+
+def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
+    values = {("alone", 2000, 0): 50.0, ("alone", 8000, 0): 60.0, ("alone", 2000, 1): 50.0, ("twice", 2000, 0): 57.0}
+    values |= {("twice", 2000, 1): 58.0}  # whose student alone was not trained longer
+    run = rows.Run("shapes", "twice", 2000, 0)
+    found = comparison.gain_at_equal_time(made_rows(values), run, relative_time=2.0)
+    assert (found.mean, found.count) == (pytest.approx(2.0), 1)  # 4,000 steps are half of the way: 55
+    assert comparison.gain_at_equal_time(made_rows(values), run, relative_time=5.0) is None
+
+
+def test_the_share_of_the_gradient_is_that_of_all_terms() -> None:
+    norms = {"steps": [1, 2], "detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
+    found = [{"gradient_norms": norms}, {"gradient_norms": {"steps": []}}]
+    assert comparison.share_of_gradient(found, 0) == pytest.approx(50.0)
+    assert comparison.share_of_gradient(found, 1) == pytest.approx(75.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def test_page_and_figures_are_those_of_the_rows() -> None:
+    """They are generated: `python -m experiments.page`, in the folder `examples`."""
+    for name, piece in page.pieces().items():
+        assert piece == (page.DOCS / name).read_text(), f"{name} is not that of the rows: run the command above"
+
+
+def test_a_marker_is_replaced_by_what_its_function_says() -> None:
+    template = "a {{gain shapes, gaps | 5 | x}} b {{provenance}}"
+    assert page.filled(template, lambda *words: repr(words)) == (
+        "a ('gain', 'shapes, gaps', '5', 'x') b ('provenance',)"
+    )
+
+
+def test_a_figure_has_each_line_and_no_label_on_another() -> None:
+    lines = [plot.Line(name, [(1000, y, 1.0), (2000, y + 1, 0.5)]) for name, y in (("first", 50.0), ("second", 50.1))]
+    svg = ElementTree.fromstring(plot.line_plot("AP", "steps", lines, (1000, 2000)))
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(svg.findall(f"{space}polyline")) == 2
+    heights = [float(label.get("y")) for label in svg.iter(f"{space}text") if label.text in ("first", "second")]
+    assert abs(heights[0] - heights[1]) >= 15
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_an_interval_is_where_99_of_100_further_values_fall() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, 6, generator=generator)
+    inside = 0
+    for *known, new in draws.tolist():
+        low, high = check.interval(comparison.sample(known))
+        inside += low <= new <= high
+    assert inside / len(draws) == pytest.approx(0.99, abs=0.006)

@@ -1,0 +1,91 @@
+"""What rows say together: means with their spread, and differences paired by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+from experiments.rows import Row, Run
+
+ALONE = "alone"
+
+
+class Sample(NamedTuple):
+    """Numbers, one of each seed."""
+
+    mean: float
+    deviation: float  # NaN for one number
+    count: int
+
+    @property
+    def two_errors(self) -> float:
+        """Two standard errors of the mean."""
+        return 2 * self.deviation / math.sqrt(self.count)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the mean differs from 0 by more than two standard errors."""
+        if self.count < 3:
+            return "too few seeds"
+        return "not told apart" if abs(self.mean) <= self.two_errors else "above" if self.mean > 0 else "below"
+
+
+def sample(numbers: Iterable[float]) -> Sample | None:
+    """Return mean and standard deviation (of n - 1), or None of nothing."""
+    numbers = list(numbers)
+    if not numbers:
+        return None
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+    return Sample(statistics.fmean(numbers), deviation, len(numbers))
+
+
+def of_setting(rows: Mapping[Run, Row], world: str, setting: str, steps: int) -> dict[int, Row]:
+    """Return the rows of a setting by seed."""
+    return {run.seed: row for run, row in sorted(rows.items()) if run[:3] == (world, setting, steps)}
+
+
+def gain(rows: Mapping[Run, Row], run: Run, other: str = ALONE, field: str = "test_ap") -> Sample | None:
+    """Return how far a setting is above another of the same world and length, paired by seed."""
+    own, base = (of_setting(rows, run.world, setting, run.steps) for setting in (run.setting, other))
+    return sample(own[seed][field] - base[seed][field] for seed in own if seed in base)
+
+
+def gain_at_equal_time(rows: Mapping[Run, Row], run: Run, relative_time: float) -> Sample | None:
+    """Return how far a setting is above a student alone that trained as long, its own schedule ending then.
+
+    Between the two nearest lengths at which the student alone was trained, its AP is interpolated linearly in the
+    logarithm of the length; only seeds with both count.
+    """
+    differences = []
+    for seed, row in of_setting(rows, run.world, run.setting, run.steps).items():
+        alone = alone_at(rows, run.world, seed, run.steps * relative_time)
+        if alone is not None:
+            differences.append(row["test_ap"] - alone)
+    return sample(differences)
+
+
+def alone_at(rows: Mapping[Run, Row], world: str, seed: int, steps: float) -> float | None:
+    """Return the test AP of the student alone after some steps; None beyond its longest or shortest training."""
+    known = sorted(
+        (run.steps, row["test_ap"])
+        for run, row in rows.items()
+        if (run.world, run.setting, run.seed) == (world, ALONE, seed)
+    )
+    for (shorter, low), (longer, high) in pairwise(known):
+        if shorter <= steps <= longer:
+            part = math.log(steps / shorter) / math.log(longer / shorter)
+            return low + part * (high - low)
+    return None
+
+
+def share_of_gradient(rows: Iterable[Row], moment: int) -> float | None:
+    """Return the part that all distillation has in the gradients' lengths at one moment of the training, in percent."""
+    shares = []
+    for row in rows:
+        norms = {name: values[moment] for name, values in row["gradient_norms"].items() if name != "steps" and values}
+        if norms:
+            shares.append(100 * (1 - norms["detection"] / sum(norms.values())))
+    return statistics.fmean(shares) if shares else None

@@ -1,0 +1,178 @@
+"""Write docs/explanation/evidence.md and its figures from the rows: `python -m experiments.page`, from `examples`.
+
+The words are in `evidence.md.in`, where `{{name argument | argument}}` is replaced by what a function here returns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.comparison import (
+    ALONE,
+    Sample,
+    gain,
+    gain_at_equal_time,
+    of_setting,
+    sample,
+    share_of_gradient,
+)
+from experiments.plot import Line, line_plot
+from experiments.rows import RESULTS, Row, Run, read_rows
+from experiments.worlds import WORLDS
+
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
+TEMPLATE = Path(__file__).parent / "evidence.md.in"
+NO_ROWS = "*No rows yet.*"
+COLUMNS = (
+    "setting",
+    "seeds",
+    "AP",
+    "test AP",
+    "test AP50",
+    "gain in test AP",
+    "time",
+    "gain at equal time",
+    "share of the gradient",
+)
+IN_FIGURES = (
+    ALONE,
+    "features, decayed",
+    "logits + features",
+    "logits + features, decayed",
+    "shared queries + features, decayed",
+)
+
+
+class Evidence:
+    """All rows, and what a step of each setting costs: every public method answers a marker of the template."""
+
+    def __init__(self, results: Path = RESULTS) -> None:
+        self._rows = read_rows(WORLDS, results)
+        cost = json.loads((results / "cost.json").read_text()) if (results / "cost.json").exists() else {}
+        self._relative_time: dict[str, float] = cost.get("relative", {})
+        self._seconds: float = cost.get("seconds per step alone", 0.0)
+
+    def table(self, world: str, steps: str) -> str:
+        """All settings of a world at one length, the best first."""
+        runs = self._runs(world, steps)
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *map(self._cells, runs)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) if runs else NO_ROWS
+
+    def verdicts(self, world: str, steps: str) -> str:
+        """Which settings are above and below the student alone."""
+        by_verdict: dict[str, list[str]] = {}
+        for run in self._runs(world, steps):
+            if run.setting != ALONE:
+                by_verdict.setdefault(gain(self._rows, run).verdict, []).append(run.setting)
+        known = [verdict for verdict in ("above", "not told apart", "below", "too few seeds") if verdict in by_verdict]
+        lines = [f"- {verdict.capitalize()}: {'; '.join(by_verdict[verdict])}." for verdict in known]
+        return "\n".join(lines) or NO_ROWS
+
+    def teachers(self, world: str, steps: str) -> str:
+        """How good the teachers of a table are."""
+        teachers = [row["teacher"] for run in self._runs(world, steps) for row in self._of(run) if row["teacher"]]
+        said = {
+            teacher["name"]: f"{teacher['ap']:.1f} AP, {teacher['test_ap']:.1f} on the test images, after "
+            f"{teacher['seconds']:.0f} s"
+            for teacher in teachers
+        }
+        names = {name: "The teacher" if name == "teacher" else f'The teacher "{name}"' for name in said}
+        return " ".join(f"{names[name]} has {fact}." for name, fact in said.items())
+
+    def gain(self, world: str, steps: str, setting: str, other: str = ALONE) -> str:
+        """How far a setting is above another in test AP."""
+        found = gain(self._rows, Run(world, setting, int(steps), 0), other)
+        return "no rows yet" if found is None else f"{difference(found)} AP ({found.count} seeds)"
+
+    def provenance(self) -> str:
+        """What the rows were made with. Each has its own command and commit."""
+        rows = list(self._rows.values())
+        versions = sorted({", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows})
+        facts = [
+            f"{len(rows)} rows in `examples/experiments/results`, each with its command, commit, versions and seconds.",
+            f"Commits: {', '.join(sorted({row['commit'] for row in rows}))}.",
+            f"Versions: {'; '.join(versions)}.",
+            f"Processors: {', '.join(sorted({row['processor'] for row in rows}))}, one thread.",
+        ]
+        return "\n".join(facts)
+
+    def figures(self) -> dict[str, str]:
+        """SVGs by name: test AP against steps, and against processor time."""
+        lines = [Line(setting, self._points(setting)) for setting in IN_FIGURES if self._points(setting)]
+        minutes = [
+            Line(name, [(x * self._relative_time[name] * self._seconds / 60, *rest) for x, *rest in points])
+            for name, points in lines
+            if name in self._relative_time
+        ]
+        return {
+            "evidence-steps.svg": line_plot("Test AP", "training steps", lines, (1000, 2000, 4000, 8000)),
+            "evidence-time.svg": line_plot("Test AP", "minutes of processor time", minutes, (1, 2, 4, 8, 16)),
+        }
+
+    def _runs(self, world: str, steps: str) -> list[Run]:
+        """The settings of a table, the best first."""
+        settings = dict.fromkeys(run.setting for run in self._rows if (run.world, run.steps) == (world, int(steps)))
+        runs = [Run(world, setting, int(steps), 0) for setting in settings]
+        return sorted(runs, key=lambda run: -self._sample(run, "test_ap").mean)
+
+    def _of(self, run: Run) -> list[Row]:
+        return list(of_setting(self._rows, run.world, run.setting, run.steps).values())
+
+    def _sample(self, run: Run, field: str) -> Sample:
+        return sample(row[field] for row in self._of(run))
+
+    def _cells(self, run: Run) -> list[str]:
+        """A setting as the cells of a line."""
+        alone, time = run.setting == ALONE, self._relative_time.get(run.setting)
+        equal = None if time is None or alone else gain_at_equal_time(self._rows, run, time)
+        shares = [share_of_gradient(self._of(run), moment) for moment in (1, 3, 5)]
+        return [
+            run.setting,
+            str(len(self._of(run))),
+            *(spread(self._sample(run, field)) for field in ("ap", "test_ap", "test_ap50")),
+            "" if alone else difference(gain(self._rows, run)),
+            "" if time is None else f"{time:.2f}",
+            "" if equal is None else difference(equal),
+            "" if None in shares else ", ".join(f"{share:.0f}" for share in shares) + " %",
+        ]
+
+    def _points(self, setting: str) -> list[tuple[float, float, float]]:
+        """Length, test AP and two standard errors of a setting in the world of exact labels."""
+        lengths = sorted({run.steps for run in self._rows if (run.world, run.setting) == ("shapes", setting)})
+        found = [(steps, self._sample(Run("shapes", setting, steps, 0), "test_ap")) for steps in lengths]
+        return [(steps, own.mean, own.two_errors if own.count > 1 else 0.0) for steps, own in found]
+
+
+def spread(numbers: Sample) -> str:
+    """Return mean and standard deviation."""
+    return f"{numbers.mean:.1f} ± {numbers.deviation:.1f}" if numbers.count > 1 else f"{numbers.mean:.1f}"
+
+
+def difference(numbers: Sample) -> str:
+    """Return the mean of a difference and two standard errors."""
+    return f"{numbers.mean:+.1f} ± {numbers.two_errors:.1f}" if numbers.count > 1 else f"{numbers.mean:+.1f}"
+
+
+def filled(template: str, answer: Callable[..., str]) -> str:
+    """Return the template with `answer(name, *arguments)` in place of each marker."""
+
+    def replaced(marker: re.Match[str]) -> str:
+        name, _, arguments = marker[1].partition(" ")
+        return answer(name, *(arguments.split(" | ") if arguments else ()))
+
+    return re.sub(r"\{\{(.*?)\}\}", replaced, template)
+
+
+def pieces(results: Path = RESULTS) -> dict[str, str]:
+    """Return the page and its figures by file name."""
+    evidence = Evidence(results)
+    page = filled(TEMPLATE.read_text(), lambda name, *arguments: getattr(evidence, name)(*arguments))
+    return {"evidence.md": page, **evidence.figures()}
+
+
+if __name__ == "__main__":
+    for file, content in pieces().items():
+        (DOCS / file).write_text(content)
