@@ -18,6 +18,7 @@ from experiments.controls import (
     send_random_queries,
     show_other_images,
 )
+from experiments.probes import LastLayerTerm, TrueBoxesTerm, TrueClassesTerm
 
 Schedule = Callable[[float], float]
 
@@ -70,7 +71,15 @@ def along(schedule: Schedule, parts: Parts) -> Parts:
 
 decayed = partial(along, dkl.cosine_decay)
 first_half = partial(along, partial(dkl.stop_after, end=0.5))
+second_half = partial(along, lambda progress: 1.0 - dkl.stop_after(progress, end=0.5))
 positives = partial(logits, negatives="none")
+NO_BOXES = {"weight_bbox": 0.0, "weight_giou": 0.0}
+
+
+def probe(term: Callable[..., dkl.Term], **options: Any) -> Parts:
+    """A logits loss with a part exchanged, in place of the logits."""
+    return _part("logits", term, negatives="none", **options)
+
 
 SETTINGS = {
     "alone": Setting({}),
@@ -103,15 +112,22 @@ SETTINGS = {
     "paper": Setting(logits() | features() | assigned_group()),
     "paper, decayed": Setting(decayed(logits() | features() | assigned_group())),
     "official": Setting(logits(matching="joint") | features(variant="official") | assigned_group()),
-    # Parts of the logits loss, beside decayed features.
-    "logits, classes alone": Setting(decayed(features()) | positives(weight_bbox=0.0, weight_giou=0.0)),
-    "logits, boxes alone": Setting(decayed(features()) | positives(weight_class=0.0)),
-    "logits, positives": Setting(decayed(features()) | positives()),
-    "logits, negatives alone": Setting(decayed(features()) | logits(weight=1e-6, weight_negative=1e6)),
-    "logits, first half": Setting(decayed(features()) | first_half(logits())),
-    "logits, temperature 2": Setting(
-        decayed(features()) | positives(temperature=2.0, weight_bbox=0.0, weight_giou=0.0)
+    # Parts of the logits loss, of constant weight beside decayed features.
+    "features, decayed; logits": Setting(decayed(features()) | logits()),
+    "features, decayed; logits of positives": Setting(decayed(features()) | positives()),
+    "features, decayed; classes": Setting(decayed(features()) | positives(**NO_BOXES)),
+    "features, decayed; boxes": Setting(decayed(features()) | positives(weight_class=0.0)),
+    "features, decayed; boxes of negatives": Setting(decayed(features()) | logits(weight=1e-6, weight_negative=1e6)),
+    "features, decayed; true classes": Setting(decayed(features()) | probe(TrueClassesTerm, **NO_BOXES)),
+    "features, decayed; true boxes": Setting(decayed(features()) | probe(TrueBoxesTerm, weight_class=0.0)),
+    "features, decayed; classes at temperature 2": Setting(
+        decayed(features()) | positives(temperature=2.0, **NO_BOXES)
     ),
+    "features, decayed; logits through targets": Setting(decayed(features()) | logits(matching="targets")),
+    "features, decayed; logits of the last layer": Setting(decayed(features()) | probe(LastLayerTerm)),
+    "features, decayed; logits / 4": Setting(decayed(features()) | logits(weight=0.25)),
+    "features, decayed; logits in the first half": Setting(decayed(features()) | first_half(logits())),
+    "features, decayed; logits from the half on": Setting(decayed(features()) | second_half(logits())),
     # Controls.
     "own group": Setting(own_group(), change=send_own_group),
     "own group, decayed": Setting(decayed(own_group()), change=send_own_group),

@@ -34,6 +34,20 @@ FIRST = (
     "logits / 4 + features, decayed",
     "assigned group, decayed",
 )
+PROBES = (
+    "features, decayed; logits",
+    "features, decayed; classes",
+    "features, decayed; boxes",
+    "features, decayed; boxes of negatives",
+    "features, decayed; true classes",
+    "features, decayed; true boxes",
+    "features, decayed; logits through targets",
+    "features, decayed; logits in the first half",
+    "features, decayed; logits from the half on",
+    "features, decayed; logits / 4",
+    "features, decayed; logits of the last layer",
+    "features, decayed; classes at temperature 2",
+)
 CONTROLS = (
     "own group",
     "own group, decayed",
@@ -48,18 +62,7 @@ TABLES = {
     "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
     "long": Table("shapes", (6000,), ("alone", "features, decayed", "logits + features"), seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
-    "why logits harm": Table(
-        "shapes",
-        (2000,),
-        (
-            "logits, positives",
-            "logits, classes alone",
-            "logits, boxes alone",
-            "logits, negatives alone",
-            "logits, first half",
-        ),
-        seeds=3,
-    ),
+    "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
     "labels": Table(
         "shapes, jittered, gaps", (2000,), ("alone", "features, decayed", "logits + features, decayed"), seeds=3
     ),

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from model import TinyDETR
 from runs import STUDENT
+from shapes import ShapeImages
 from torch import Tensor
-from train import History, Losses, Teacher, evaluate, train
+from train import History, Losses, Teacher, evaluate, predict, train
 
 import detr_kd_losses as dkl
 from experiments.rows import Row, Run
@@ -71,6 +72,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         "seconds": rounded(history.seconds),
         "curve": curve(history),
         "gradient_norms": norms,
+        "matched_iou": matched_iou(model, data),
         "teacher": teacher_facts(run.world, setting.teacher, cache) if teacher else None,
     }
 
@@ -109,6 +111,19 @@ def gradient_watcher(
 def sum_of(losses: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     """Return the sum of those losses that there are: a term that is at rest may have none."""
     return sum((losses[name] for name in names if name in losses), start=torch.zeros(()))
+
+
+def matched_iou(model: TinyDETR, data: ShapeImages) -> list[float]:
+    """Return, layer by layer, how well the boxes fit those that the first training images are labelled with."""
+    some = data.select(torch.arange(min(500, len(data))))
+    output = predict(model, some)
+    assignment = dkl.match_targets(output.logits, output.boxes, *some.targets)
+    return [
+        rounded(value)
+        for value in dkl.matched_iou(
+            output.boxes, some.targets.boxes.expand(len(output.boxes), -1, -1, -1), assignment
+        ).tolist()
+    ]
 
 
 def curve(history: History) -> list[list[float]]:
@@ -155,7 +170,12 @@ def train_teacher(which: TeacherOf, cache: Path, on_step: Callable[[], None]) ->
     validation = held_out_images(world, VALIDATION)
     history = train(model, training_images(world), validation, steps=recipe.steps, seed=recipe.seed, on_step=on_step)
     test_ap, _ = evaluate(model, held_out_images(world, TEST))
-    facts = {"ap": rounded(history.ap[-1]), "test_ap": rounded(test_ap), "seconds": rounded(history.seconds)}
+    facts: Row = {
+        "ap": rounded(history.ap[-1]),
+        "test_ap": rounded(test_ap),
+        "seconds": rounded(history.seconds),
+        "matched_iou": matched_iou(model, training_images(world)),
+    }
     saved = {"recipe": recipe_text(world, name), "weights": model.state_dict(), "facts": facts}
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = teacher_file(world, name, cache).with_suffix(".part")

@@ -8,15 +8,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import detr_kd_losses as dkl
 
 pytest.importorskip("matplotlib", reason="the toy detector's modules draw with matplotlib")
 
 
-from experiments import check, comparison, page, plot, rows, run, tables, training, worlds
+from experiments import check, comparison, page, plot, probes, rows, run, tables, training, worlds
 from experiments.settings import SETTINGS
 
 SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
@@ -132,6 +134,51 @@ def test_random_queries_are_new_in_each_step_and_go_through_both_decoders(small_
     torch.testing.assert_close(first.group.logits, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first.group.boxes, boxes, rtol=1e-5, atol=1e-5)
     assert not torch.equal(teacher.batch(indices).group.boxes, first.group.boxes)
+
+
+# ------------------------------------------------------------------------------------------------------------- probes
+
+
+def a_step() -> dkl.Step:
+    """Two images of one and two objects; a teacher of two layers and four queries, a student of three queries."""
+    generator = torch.Generator().manual_seed(0)
+
+    def predictions(queries: int) -> tuple[Tensor, Tensor]:
+        boxes = 0.2 + 0.5 * torch.rand(2, 2, queries, 4, generator=generator)
+        return torch.randn(2, 2, queries, 3, generator=generator), boxes
+
+    mask = torch.tensor([[True, False], [True, True]])
+    targets = dkl.Targets(torch.tensor([[2, 0], [1, 0]]), torch.rand(2, 2, 4, generator=generator), mask)
+    return dkl.Step(dkl.DetectorOutput(*predictions(3)), dkl.DetectorOutput(*predictions(4)), targets)
+
+
+def test_a_true_teacher_differs_at_its_positives_alone_and_there_tells_the_truth() -> None:
+    step = a_step()
+    _, boxes = probes.TrueBoxesTerm().shown(step)
+    _, classes = probes.TrueClassesTerm().shown(step)
+    positives = 0
+    for place, target in np.ndenumerate(step.teacher_assignment.numpy()):
+        image = place[1]
+        if target < 0:
+            assert torch.equal(boxes.boxes[place], step.teacher.boxes[place])
+            assert torch.equal(classes.logits[place], step.teacher.logits[place])
+        else:
+            positives += 1
+            assert torch.equal(boxes.boxes[place], step.targets.boxes[image, target])
+            label = int(step.targets.labels[image, target])
+            assert classes.logits[place].tolist() == [6.0 if k == label else -6.0 for k in range(3)]
+    assert positives == 6
+    assert torch.equal(boxes.logits, step.teacher.logits)
+    assert torch.equal(classes.boxes, step.teacher.boxes)
+
+
+def test_the_last_layers_term_is_the_logits_term_of_the_last_layers() -> None:
+    step = a_step()
+    found = probes.LastLayerTerm().compute(step)
+    last = [dkl.DetectorOutput(output.logits[1:], output.boxes[1:]) for output in (step.student, step.teacher)]
+    expected = dkl.LogitsTerm().compute(dkl.Step(*last, step.targets))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
