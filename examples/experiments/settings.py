@@ -132,6 +132,10 @@ SETTINGS = {
     "own group": Setting(own_group(), change=send_own_group),
     "own group, decayed": Setting(decayed(own_group()), change=send_own_group),
     "teacher's boxes too": Setting({}, labels=add_teacher_boxes),
+    "teacher's boxes too; features, decayed": Setting(decayed(features()), labels=add_teacher_boxes),
+    "teacher's boxes too; logits + features, decayed": Setting(
+        decayed(logits() | features()), labels=add_teacher_boxes
+    ),
     "teacher's boxes as labels": Setting({}, labels=replace_by_teacher_boxes),
     "features of other images, decayed": Setting(
         decayed(features()), change=partial(show_other_images, fields=("features",))

@@ -48,6 +48,14 @@ PROBES = (
     "features, decayed; logits of the last layer",
     "features, decayed; classes at temperature 2",
 )
+FEW_LABELS = (
+    "alone",
+    "features, decayed",
+    "teacher's boxes too",
+    "teacher's boxes too; features, decayed",
+    "teacher's boxes too; logits + features, decayed",
+    "logits + features, decayed",
+)
 CONTROLS = (
     "own group",
     "own group, decayed",
@@ -63,6 +71,11 @@ TABLES = {
     "long": Table("shapes", (6000,), ("alone", "features, decayed", "logits + features"), seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
+    "digits": Table("digits", (2000,), FIRST),
+    "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
+    "crowds": Table("crowds", (2000,), FIRST),
+    "crowds, equal time": Table("crowds", (2400, 4000), ("alone",), seeds=3),
+    "few labels": Table("shapes, few labels", (2000,), FEW_LABELS),
     "labels": Table(
         "shapes, jittered, gaps", (2000,), ("alone", "features, decayed", "logits + features, decayed"), seeds=3
     ),

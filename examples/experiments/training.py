@@ -72,7 +72,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         "seconds": rounded(history.seconds),
         "curve": curve(history),
         "gradient_norms": norms,
-        "matched_iou": matched_iou(model, data),
+        "matched_iou": matched_iou(model, training_images(run.world)),
         "teacher": teacher_facts(run.world, setting.teacher, cache) if teacher else None,
     }
 

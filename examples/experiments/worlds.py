@@ -12,6 +12,8 @@ from shapes import CLASSES, ShapeImages, make_shapes
 from torch import Tensor
 
 import detr_kd_losses as dkl
+from experiments.crowds import make_crowds
+from experiments.digits import NUM_CLASSES, make_digits
 
 
 class DataSet(NamedTuple):
@@ -47,7 +49,11 @@ class World(NamedTuple):
     labelled: int | None = None  # the first so many images have labels; None: all
 
 
-DATA_SETS = {"shapes": DataSet(make_shapes, len(CLASSES))}
+DATA_SETS = {
+    "shapes": DataSet(make_shapes, len(CLASSES)),
+    "digits": DataSet(make_digits, NUM_CLASSES),
+    "crowds": DataSet(make_crowds, len(CLASSES)),
+}
 
 TEACHERS = {
     "teacher": Recipe(TEACHER, steps=3000),
@@ -61,6 +67,8 @@ WORLDS = {
     "shapes, gaps": World(6000, TEACHERS, noise=LabelNoise(missing=0.2)),
     "shapes, jittered, gaps": World(6000, TEACHERS, noise=LabelNoise(shift=0.08, resize=0.1, missing=0.2)),
     "shapes, few labels": World(6000, TEACHERS, labelled=1500),
+    "digits": World(6000, TEACHERS, data_set="digits"),
+    "crowds": World(6000, TEACHERS, data_set="crowds"),
 }
 VALIDATION, TEST = (500, 1), (1000, 2)  # images, seed: the second chooses nothing
 

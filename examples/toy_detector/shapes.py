@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +26,24 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 CLASSES = tuple(SHAPES)
 SIZE = 64  # pixels a side
-MAX_OBJECTS = 6
-OBJECT_PIXELS = (9, 26)  # smallest and largest mean side of an object
-MAX_OVERLAP = 0.35  # of the smaller one of two boxes
 NOISE = 0.10
+
+
+class Layout(NamedTuple):
+    """How many objects an image has, how large they are, and how far they may cover one another.
+
+    `pixels` are the smallest and largest mean side, `stretch` the bounds of the logarithm of width over mean side, and
+    `overlap` is the part of the smaller of two boxes that they may share.
+    """
+
+    objects: tuple[int, int] = (1, 6)
+    pixels: tuple[float, float] = (9, 26)
+    stretch: tuple[float, float] = (-0.3, 0.3)
+    overlap: float = 0.35
+
+
+SPARSE = Layout()
+Scene = tuple[np.ndarray, list[int], list[list[float]]]  # an image (H, W, 3), labels, cxcywh boxes
 
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5  # the centres of the pixels
 
@@ -57,7 +72,11 @@ class ShapeImages:
 def make_shapes(count: int, seed: int) -> ShapeImages:
     """Draw `count` images; the same seed gives the same images."""
     generator = np.random.default_rng(seed)
-    scenes = [draw_scene(generator) for _ in range(count)]
+    return stack_scenes([draw_scene(generator) for _ in range(count)])
+
+
+def stack_scenes(scenes: list[Scene]) -> ShapeImages:
+    """Return images (H, W, 3), their labels and boxes as one data set."""
     targets = [
         {"labels": torch.tensor(labels), "boxes": torch.tensor(boxes, dtype=torch.float32)}
         for _, labels, boxes in scenes
@@ -66,19 +85,26 @@ def make_shapes(count: int, seed: int) -> ShapeImages:
     return ShapeImages(torch.from_numpy(np.ascontiguousarray(images)), dkl.pad_targets(targets))
 
 
-def draw_scene(generator: np.random.Generator) -> tuple[np.ndarray, list[int], list[list[float]]]:
-    """Draw one image (H, W, 3) of 1 to 6 objects; return it with their labels and cxcywh boxes."""
+def draw_scene(
+    generator: np.random.Generator, layout: Layout = SPARSE, frequencies: Sequence[float] | None = None
+) -> Scene:
+    """Draw one image (H, W, 3) of some objects, their classes of some frequencies; return it with labels and boxes."""
     image = draw_background(generator)
     labels: list[int] = []
     boxes: list[list[float]] = []
-    for xyxy in place_boxes(generator):
-        label = int(generator.integers(len(CLASSES)))
+    for xyxy in place_boxes(generator, layout):
+        label = int(generator.choice(len(CLASSES), p=frequencies) if frequencies else generator.integers(len(CLASSES)))
         pixels = shape_pixels(CLASSES[label], xyxy)
         image[pixels] = contrasting_colour(generator, image[pixels].mean(0))
         labels.append(label)
         boxes.append(tight_box(pixels))
-    image += generator.normal(0, NOISE, image.shape)
-    return (image.clip(0, 1) * 255).astype(np.uint8), labels, boxes
+    return noisy(generator, image, NOISE), labels, boxes
+
+
+def noisy(generator: np.random.Generator, image: np.ndarray, deviation: float) -> np.ndarray:
+    """Return an image of values in [0, 1] with noise, in uint8."""
+    image = image + generator.normal(0, deviation, image.shape)
+    return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
 def draw_background(generator: np.random.Generator) -> np.ndarray:
@@ -93,16 +119,17 @@ def draw_background(generator: np.random.Generator) -> np.ndarray:
     return image
 
 
-def place_boxes(generator: np.random.Generator) -> list[np.ndarray]:
-    """Draw 1 to 6 boxes, xyxy in pixels, that cover one another only in part."""
-    wanted = generator.integers(1, MAX_OBJECTS + 1)
+def place_boxes(generator: np.random.Generator, layout: Layout) -> list[np.ndarray]:
+    """Draw some boxes, xyxy in pixels, that cover one another only in part."""
+    fewest, most = layout.objects
+    wanted = generator.integers(fewest, most + 1)
     placed: list[np.ndarray] = []
     for _ in range(4 * wanted):
-        side = np.exp(generator.uniform(*np.log(OBJECT_PIXELS)))
-        extent = side * np.exp(generator.uniform(-0.3, 0.3) * np.array([1, -1]))  # width, height
+        side = np.exp(generator.uniform(*np.log(layout.pixels)))
+        extent = side * np.exp(generator.uniform(*layout.stretch) * np.array([1, -1]))  # width, height
         corner = generator.uniform(0, SIZE - extent)
         candidate = np.concatenate([corner, corner + extent])
-        if len(placed) < wanted and all(overlap(candidate, other) < MAX_OVERLAP for other in placed):
+        if len(placed) < wanted and all(overlap(candidate, other) < layout.overlap for other in placed):
             placed.append(candidate)
     return placed
 

@@ -18,7 +18,7 @@ import detr_kd_losses as dkl
 pytest.importorskip("matplotlib", reason="the toy detector's modules draw with matplotlib")
 
 
-from experiments import check, comparison, page, plot, probes, rows, run, tables, training, worlds
+from experiments import check, comparison, crowds, digits, page, plot, probes, rows, run, tables, training, worlds
 from experiments.settings import SETTINGS
 
 SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
@@ -83,6 +83,32 @@ def test_unlabelled_images_are_not_trained_on_unless_the_teacher_labels_them(
     labelled = SETTINGS["teacher's boxes too"].labels(worlds.training_images("demo"), everything, teacher)
     assert labelled.targets.labels[19][labelled.targets.mask[19]].tolist() == [2]
     assert labelled.targets.mask[:5].sum() == everything.targets.mask[:5].sum()
+
+
+# ---------------------------------------------------------------------------------------------------------- data sets
+
+
+def test_crowds_are_small_many_and_of_common_and_rare_classes() -> None:
+    drawn = worlds.DATA_SETS["crowds"].draw(200, 0)
+    sides = drawn.targets.boxes[drawn.targets.mask][:, 2:].prod(-1).sqrt() * 64
+    assert 4 < sides.min() < sides.max() < 14
+    assert drawn.targets.mask.sum(1).max() == 12
+    counts = torch.bincount(drawn.targets.labels[drawn.targets.mask], minlength=8) / drawn.targets.mask.sum()
+    torch.testing.assert_close(counts.double(), torch.tensor(crowds.FREQUENCIES).double(), rtol=0, atol=0.03)
+
+
+def test_no_digit_is_in_two_parts_and_a_box_holds_the_ink() -> None:
+    pytest.importorskip("sklearn", reason="the digits are those of scikit-learn")
+    parts = [{digit.tobytes() for digit in digits.digits_of(seed)[0]} for seed in range(3)]
+    assert [len(part) for part in parts] == [899, 449, 449]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+    drawn = worlds.DATA_SETS["digits"].draw(50, 2)
+    assert drawn.targets.labels[drawn.targets.mask].unique().tolist() == list(range(10))
+    digit = np.zeros((8, 8))
+    digit[1:7, 2:5] = 1.0
+    ink = digits.ink_of(digit, np.array([10.0, 20.0, 22.0, 50.0]))
+    np.testing.assert_array_equal(np.argwhere(ink > digits.INK).min(0), [20, 10])
+    np.testing.assert_array_equal(np.argwhere(ink > digits.INK).max(0), [49, 21])
 
 
 # ----------------------------------------------------------------------------------------------------------- settings

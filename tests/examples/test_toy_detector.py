@@ -46,11 +46,10 @@ def perfect_predictions(targets: dkl.Targets) -> tuple[Tensor, Tensor]:
 def test_a_box_holds_exactly_the_pixels_of_its_object(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "draw_background", lambda _: np.full((shapes.SIZE, shapes.SIZE, 3), 0.5))
     monkeypatch.setattr(shapes, "NOISE", 0.0)
-    monkeypatch.setattr(shapes, "MAX_OBJECTS", 1)
     generator = np.random.default_rng(0)
     seen = set()
     for _ in range(200):
-        image, [label], [box] = shapes.draw_scene(generator)
+        image, [label], [box] = shapes.draw_scene(generator, shapes.Layout(objects=(1, 1)))
         rows, columns = np.nonzero((image != int(0.5 * 255)).any(-1))
         centre, extent = np.array(box[:2]) * shapes.SIZE, np.array(box[2:]) * shapes.SIZE
         np.testing.assert_allclose(centre - extent / 2, [columns.min(), rows.min()], atol=1e-9)
