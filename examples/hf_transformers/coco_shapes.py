@@ -50,24 +50,29 @@ class CocoDetection(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.images[index]
-        path = self.folder / image["file_name"]
-        try:
-            with Image.open(path) as file:
-                pixels = file.convert("RGB").resize((self.side, self.side))
-        except OSError as error:
-            msg = f"image {image['id']}, {path}, cannot be read ({error}): get the file again, or take it off the list"
-            raise OSError(msg) from error
-        objects = self.objects[image["id"]]
-        xywh = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes = torch.cat([xywh[:, :2] + xywh[:, 2:] / 2, xywh[:, 2:]], 1)
-        size = torch.tensor([image["width"], image["height"]] * 2)
-        return {
-            "pixel_values": torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255,
-            "labels": {
-                "class_labels": torch.tensor([label for label, _ in objects], dtype=torch.int64),
-                "boxes": boxes / size,
-            },
-        }
+        path, size = self.folder / image["file_name"], (image["width"], image["height"])
+        return read_example(path, image["id"], self.objects[image["id"]], size, self.side)
+
+
+def read_example(
+    path: Path, name: str | int, objects: list[tuple[int, list[float]]], size: tuple[float, float], side: int
+) -> dict[str, Any]:
+    """Read an image of some size, in pixels, as a square; its objects are classes and xywh boxes in pixels."""
+    try:
+        with Image.open(path) as file:
+            pixels = file.convert("RGB").resize((side, side))
+    except OSError as error:
+        msg = f"image {name}, {path}, cannot be read ({error}): get the file again, or take it off the list"
+        raise OSError(msg) from error
+    xywh = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.cat([xywh[:, :2] + xywh[:, 2:] / 2, xywh[:, 2:]], 1)
+    return {
+        "pixel_values": torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255,
+        "labels": {
+            "class_labels": torch.tensor([label for label, _ in objects], dtype=torch.int64),
+            "boxes": boxes / torch.tensor([*size, *size]),
+        },
+    }
 
 
 def clip(box: list[float], width: float, height: float) -> list[float]:

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from hf_transformers.checkpoints import RestoringTrainer
-from hf_transformers.coco_shapes import CLASSES, CocoDetection, collate, make_shapes
+from hf_transformers.coco_shapes import CLASSES, collate, make_shapes
 from hf_transformers.trainer import DistillationTrainer
+from hf_transformers.voc import open_detection
 
 
 def rt_detr(
@@ -83,7 +84,7 @@ def training_arguments(output: Path, steps: int, batch_size: int, **others: Any)
 def main() -> None:
     """Train, distil, reload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with instances.json and images; default: shapes are drawn")
+    parser.add_argument("--data", type=Path, help="folder in COCO's or PASCAL VOC's format; default: shapes are drawn")
     parser.add_argument("--output", type=Path, default=Path("hf_transformers_output"))
     parser.add_argument("--teacher-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=200)
@@ -96,7 +97,7 @@ def main() -> None:
     with teacher_arguments.main_process_first():
         if arguments.data is None and not (folder / "instances.json").exists():
             make_shapes(folder, count=512)
-    images = CocoDetection(folder)
+    images = open_detection(folder)
     data = {"train_dataset": images, "data_collator": collate}
 
     teacher = rt_detr(width=64, decoder_layers=4, num_queries=40, class_names=images.class_names)
