@@ -24,7 +24,11 @@ Preset = Literal["paper", "official"]
 
 _PRESETS: dict[str, Callable[[], list[Term]]] = {
     "paper": lambda: [LogitsTerm(), FeatureTerm(), QueryGroupTerm()],
-    "official": lambda: [LogitsTerm(matching="joint"), FeatureTerm(variant="official"), QueryGroupTerm()],
+    "official": lambda: [
+        LogitsTerm(matching="joint"),
+        FeatureTerm(variant="official", relative=False),
+        QueryGroupTerm(),
+    ],
 }
 
 
@@ -38,9 +42,10 @@ class DETRDistillationLoss(OptionModule):
     applies where the outputs carry what it needs (``features`` of both and ``queries`` of the teacher, ``group`` of the
     student); one side without the other is an error. :attr:`names` lists what all terms together may return.
 
-    Two presets are lists of terms. ``"paper"``, the default, follows the equations:
-    ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but with the
-    teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(variant="official"), QueryGroupTerm()]``.
+    Two presets are lists of terms. ``"paper"``, the default, has the paper's losses, that of features relative to the
+    teacher's: ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but
+    with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(variant="official",
+    relative=False), QueryGroupTerm()]``.
     Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 10.0``.
 
     Args:

@@ -31,9 +31,9 @@ def test_is_the_sum_of_its_parts(preset, normalize):
         student.logits, student.boxes, t_logits, t_boxes, matched, teacher_positive=positive
     )
     quality = dkl.query_quality(teacher.logits, teacher.boxes, *targets, assigned, variant=preset)
-    feature = dkl.target_aware_feature_loss(
-        student.features, teacher.features, teacher.queries, quality, variant=preset, normalize=normalize
-    )
+    features = student.features, teacher.features, teacher.queries, quality
+    options = {"variant": preset, "normalize": normalize, "relative": preset == "paper"}
+    feature = dkl.target_aware_feature_loss(*features, **options)
     group = dkl.teacher_assigned_query_loss(*student.group, *targets, t_assigned)
     expected = {"loss_kd_feature": 7.0 * feature}
     expected |= {f"loss_kd_{key[5:]}": 0.5 * value for key, value in logits.items()}

@@ -30,7 +30,7 @@ RENAMED = {
     (dkl.query_quality, "activation"): "teacher_activation",
 }
 # Defaults that differ on purpose: a term is of the order of the others, and knows its heads.
-OTHER_DEFAULTS = {"normalize", "class_loss", "class_cost"}
+OTHER_DEFAULTS = {"normalize", "relative", "class_loss", "class_cost"}
 
 ANOTHER = {loss.term: loss.other_options for loss in LOSSES.values() if not isinstance(loss.term, str)} | {
     dkl.DETRDistillationLoss: {

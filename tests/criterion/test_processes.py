@@ -106,4 +106,4 @@ def test_soak():
     assert report.shapes == 200
     assert report.not_finite == 0
     assert report.warnings == 0
-    assert report.tensor_growth == 0
+    assert report.tensor_growth <= 0  # fewer: of an earlier test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detr_kd_losses import query_quality, target_aware_feature_loss, target_aware_mask
+from detr_kd_losses import query_quality, target_aware_feature_loss, target_aware_mask, testing
 
 from support import cases, oracles
 from support.comparisons import (
@@ -29,6 +30,7 @@ OPTIONS = [
     {"variant": variant, "normalize": normalize}
     for variant, normalize in itertools.product(["paper", "official"], [None, "queries", "max", "mean"])
 ]
+LOSS_OPTIONS = [*OPTIONS, *({**options, "relative": True} for options in OPTIONS)]
 
 
 def assert_agrees(case, dtype, **options):
@@ -42,7 +44,7 @@ def one_level(case):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 @pytest.mark.parametrize("stages", [None, 2])
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "not padded"])
 def test_loss(padded, stages, options, dtype):
@@ -50,7 +52,7 @@ def test_loss(padded, stages, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 @pytest.mark.parametrize("queries", [1, 2, cases.CHANNELS - 1, cases.CHANNELS])
 def test_loss_with_few_queries(queries, options, dtype):
     """Fewer queries than channels are multiplied one by one, several stages at a time; more through their form."""
@@ -129,6 +131,7 @@ def without_images(case):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("normalize", ["queries", "max", "mean"])
 @pytest.mark.parametrize(
     ("case", "variant"),
@@ -146,9 +149,29 @@ def without_images(case):
         (cases.features(sizes=((0, 3),), padded=False), "official"),
     ],
 )
-def test_nothing_to_distil(case, variant, normalize, dtype):
-    arguments = to_tensors(case, dtype)
-    assert_vanishes(target_aware_feature_loss, arguments, wrt=STUDENT, variant=variant, normalize=normalize)
+def test_nothing_to_distil(case, variant, normalize, relative, dtype):
+    options = {"variant": variant, "normalize": normalize, "relative": relative}
+    assert_vanishes(target_aware_feature_loss, to_tensors(case, dtype), wrt=STUDENT, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_relative_to_a_teacher_without_features(variant, dtype):
+    """Nothing is an error of 100 %: there is nothing to learn."""
+    case = cases.features()
+    case["teacher_features"] = [np.zeros_like(level) for level in case["teacher_features"]]
+    assert_vanishes(target_aware_feature_loss, to_tensors(case, dtype), wrt=STUDENT, variant=variant, relative=True)
+
+
+@pytest.mark.parametrize("law", testing.RELATIVE_FEATURE_LAWS.values(), ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS[len(OPTIONS) :], ids=str)
+def test_laws_of_the_relative_loss(options, law):
+    law(partial(target_aware_feature_loss, **options), max_examples=20)
+
+
+def test_a_sum_breaks_the_laws_of_a_mean():
+    report = testing.law_report(testing.RELATIVE_FEATURE_LAWS, target_aware_feature_loss, max_examples=50)
+    assert report.names("broken") == ("any_scale", "blank_student", "stages_repeat", "levels_repeat")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -159,7 +182,7 @@ def test_official_weight_without_queries_is_its_floor(dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 def test_equal_to_the_teacher(options, dtype):
     """Cells and queries of zeros included."""
     case = cases.features()
@@ -171,7 +194,7 @@ def test_equal_to_the_teacher(options, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("options", [{}, {"variant": "official"}, {"normalize": "mean"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"variant": "official"}, {"normalize": "mean", "relative": True}], ids=str)
 def test_cells_and_queries_without_direction(options, dtype):
     """A vector of zeros is similar to nothing, in a cell or in a query, however good the query."""
     case = cases.features()
@@ -182,7 +205,7 @@ def test_cells_and_queries_without_direction(options, dtype):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 def test_padding_does_not_matter(options, value):
     case = cases.features()
     broken = case
@@ -219,7 +242,7 @@ class LiveTensors(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": "max"}, {"variant": "official"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"normalize": "max", "relative": True}, {"variant": "official"}], ids=str)
 def test_memory(options):
     """Forward and backward allocate less than 8 times the two feature maps, and nothing of M x H x W elements."""
     queries, channels, size = 900, 256, 200

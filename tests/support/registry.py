@@ -234,6 +234,7 @@ FEATURES = Loss(
     | {
         "variant": "official",
         "normalize": "mean",
+        "relative": False,
         "gamma": 0.25,
         "topk": (5, {"variant": "official"}),
         "sync_normalizer": False,
@@ -243,6 +244,7 @@ FEATURES = Loss(
         "features, paper": Trial(cases.features(), {}),
         "features, mean": Trial(cases.features(), {"normalize": "mean"}),
         "features, official": Trial(cases.features(), {"variant": "official", "normalize": "queries"}),
+        "features, relative": Trial(cases.features(), {"normalize": "max", "relative": True}),
     },
     laws=testing.FEATURE_LAWS,
     held_to=(

@@ -37,12 +37,14 @@ class FeatureTerm(Term):
         prefix: Where its name begins.
         variant: ``"paper"``: quality times squared similarity. ``"official"``, as the paper's public code: the square
             of the mask of the top-scored queries.
-        normalize: What the mask is divided by (:func:`target_aware_mask`). ``"max"`` keeps the term of the order of the
-            others; None is the variant's own, for ``"paper"`` the 1 / M of Eq. 9, at which a weight of 20 does next to
-            nothing.
+        normalize: What the mask of an image is divided by (:func:`target_aware_mask`). With ``"max"`` every image
+            counts; None is the variant's own, for ``"paper"`` the 1 / M of Eq. 9.
+        relative: Whether the error is relative to that of features of 0 (:func:`target_aware_feature_loss`): a number
+            of the order of 1, whatever the scale of the features and the number of levels and teacher layers. False,
+            with ``normalize=None``, is the sum of Eq. 9, or of the public code.
         gamma: Balance of score and IoU in the quality of ``"paper"``.
         topk: Number of scores that count in the quality of ``"official"``.
-        sync_normalizer: Whether the number of valid cells is averaged over replicas.
+        sync_normalizer: Whether what the error is divided by is averaged over replicas.
 
     Examples:
         >>> FeatureTerm([64, 128], [256, 256]).names
@@ -66,6 +68,7 @@ class FeatureTerm(Term):
         prefix: str = "loss_kd_",
         variant: Variant = "paper",
         normalize: Normalize | None = "max",
+        relative: bool = True,
         gamma: float = 0.5,
         topk: int = 100,
         sync_normalizer: bool = True,
@@ -75,6 +78,7 @@ class FeatureTerm(Term):
             prefix=prefix,
             variant=variant,
             normalize=normalize,
+            relative=relative,
             gamma=gamma,
             topk=topk,
             sync_normalizer=sync_normalizer,

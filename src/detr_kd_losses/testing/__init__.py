@@ -26,8 +26,9 @@ and the laws that need them raise :class:`LawNotApplicable`, which says what to 
 scalar is told likewise which laws need its terms by name.
 
 :mod:`~detr_kd_losses.testing.loss_laws`, :mod:`~detr_kd_losses.testing.query_laws`,
-:mod:`~detr_kd_losses.testing.pair_laws`, :mod:`~detr_kd_losses.testing.plain_feature_laws` and
-:mod:`~detr_kd_losses.testing.solver_laws` have the laws, :mod:`~detr_kd_losses.testing.law` how to write one,
+:mod:`~detr_kd_losses.testing.pair_laws`, :mod:`~detr_kd_losses.testing.plain_feature_laws`,
+:mod:`~detr_kd_losses.testing.relative_feature_laws` and :mod:`~detr_kd_losses.testing.solver_laws` have the laws,
+:mod:`~detr_kd_losses.testing.law` how to write one,
 :mod:`~detr_kd_losses.testing.makers`, :mod:`~detr_kd_losses.testing.query_makers` and
 :mod:`~detr_kd_losses.testing.pair_makers` the calls that an error names,
 :mod:`~detr_kd_losses.testing.strategies` what arguments are drawn from.
@@ -63,6 +64,7 @@ from detr_kd_losses.testing.loss_laws import (
 from detr_kd_losses.testing.pair_laws import BOX_DISTRIBUTION_LAWS, MASK_LAWS
 from detr_kd_losses.testing.plain_feature_laws import PLAIN_FEATURE_LAWS
 from detr_kd_losses.testing.query_laws import SHARED_QUERY_LAWS, WEIGHTED_DISTILLATION_LAWS
+from detr_kd_losses.testing.relative_feature_laws import RELATIVE_FEATURE_LAWS
 from detr_kd_losses.testing.report import LawReport, Verdict, law_report
 from detr_kd_losses.testing.solver_laws import ASSIGNMENT_LAWS, TARGET_MATCHING_LAWS, TEACHER_MATCHING_LAWS
 from detr_kd_losses.testing.subject import LawNotApplicable
@@ -76,6 +78,7 @@ __all__ = [
     "HUNGARIAN_DISTILLATION_LAWS",
     "MASK_LAWS",
     "PLAIN_FEATURE_LAWS",
+    "RELATIVE_FEATURE_LAWS",
     "SHARED_QUERY_LAWS",
     "TARGET_MATCHING_LAWS",
     "TEACHER_MATCHING_LAWS",

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 import detr_kd_losses as dkl
 from detr_kd_losses import boxes as cells_of_boxes
+from detr_kd_losses import testing
 from detr_kd_losses.losses.features import _passes, _similarity, loss, quality
 from detr_kd_losses.losses.features import plain as plain_features
 from detr_kd_losses.testing.makers import make_detection_arguments, make_feature_arguments
 from detr_kd_losses.testing.plain_feature_laws import make_plain_feature_arguments
 
 from support import cases, oracles
-from support.mutants.mutant import faults, law_of, oracle
+from support.mutants.mutant import faults, law, law_of, oracle
 
 DETECTION = make_detection_arguments(queries=6, targets=4, at_least=2, stages=2, images=2, classes=3)
 FEATURES = make_feature_arguments(stages=2, images=2, queries=5, channels=4, height=3, width=4, padded=True)
 
 feature = law_of(dkl.target_aware_feature_loss)
+relative = partial(law, testing.RELATIVE_FEATURE_LAWS, dkl.target_aware_feature_loss, relative=True)
 
 plain = law_of(dkl.feature_distillation_loss)
 PLAIN = make_plain_feature_arguments(images=2, channels=4, height=3, width=4, padded=True, weighted=True)
@@ -117,9 +121,19 @@ MUTANTS = [
     ),
     *faults(
         loss.target_aware_feature_loss,
-        ("padding cells count", "cells.sum()", "torch.ones_like(cells).sum()", feature("cell_padding")),
         ("cells of each replica", "sync=sync_normalizer", "sync=False", feature("replicas")),
-        ("levels averaged", "torch.stack(per_level).sum()", "torch.stack(per_level).mean()", feature("levels_add")),
+        ("levels averaged", "in each]).sum()", "in each]).mean()", feature("levels_add")),
+        ("ratios added", "torch.stack(ratios).mean()", "torch.stack(ratios).sum()", relative("levels_repeat")),
+        ("at least one", "0.0 if relative else 1.0", "1.0", relative("any_scale")),
+    ),
+    *faults(
+        loss._number,
+        ("padding cells count", "valid.sum()", "torch.ones_like(valid).sum()", feature("cell_padding")),
+    ),
+    *faults(
+        loss._error_of_nothing,
+        ("padding has features", "if valid is None else", "if True else", relative("cell_padding")),
+        ("teacher unweighted", "(weight *", "(torch.ones_like(weight) *", relative("blank_student")),
     ),
     *faults(
         loss._loss_weight,

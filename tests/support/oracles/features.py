@@ -133,11 +133,13 @@ def target_aware_feature_loss(
     *,
     variant: str = "paper",
     normalize: str | None = None,
+    relative: bool = False,
     padding_mask: Levels | None = None,
 ) -> Scalar:
     """Return the feature distillation loss of Eq. 9, summed over levels (B, D, H, W) and stages of queries.
 
-    The square is weighted by the paper's w, or by the square of the official s.
+    The square is weighted by the paper's w, or by the square of the official s. Relative: the sum over stages, divided
+    by that of a student whose features are 0 (0 where that is 0), is averaged over levels.
     """
     if isinstance(student_features, np.ndarray):
         student_features, teacher_features = [student_features], [teacher_features]
@@ -148,10 +150,16 @@ def target_aware_feature_loss(
     for level, (student, teacher) in enumerate(zip(student_features, teacher_features, strict=True)):
         cells = (student.shape[0], *student.shape[2:])
         valid = np.ones(cells, dtype=bool) if padding_mask is None else padding_mask[level]
+        error, error_of_nothing = 0.0, 0.0
         for queries, q in zip(teacher_queries, quality, strict=True):
             mask = target_aware_mask(teacher, queries, q, variant=variant, normalize=normalize, padding_mask=valid)
             weight = mask if variant == "paper" else mask**2
-            total += _level_loss(student, teacher, weight, valid)
+            error += _level_loss(student, teacher, weight, valid)
+            error_of_nothing += _level_loss(np.zeros_like(teacher), teacher, weight, valid)
+        if not relative:
+            total += error
+        elif error_of_nothing > 0:
+            total += error / error_of_nothing / len(student_features)
     return total
 
 

@@ -24,7 +24,12 @@ from detr_kd_losses.losses.features.quality import VARIANTS, Variant
 
 __all__ = ["TargetAwareFeatureLoss", "target_aware_feature_loss"]
 
-RULES: Rules = {"variant": one_of(*VARIANTS), "normalize": one_of(None, *NORMALIZATIONS), "sync_normalizer": boolean}
+RULES: Rules = {
+    "variant": one_of(*VARIANTS),
+    "normalize": one_of(None, *NORMALIZATIONS),
+    "relative": boolean,
+    "sync_normalizer": boolean,
+}
 
 
 def target_aware_feature_loss(
@@ -35,6 +40,7 @@ def target_aware_feature_loss(
     *,
     variant: Variant = "paper",
     normalize: Normalize | None = None,
+    relative: bool = False,
     padding_mask: Levels | None = None,
     sync_normalizer: bool = True,
 ) -> Tensor:
@@ -49,7 +55,13 @@ def target_aware_feature_loss(
     teacher. Half-precision inputs are computed in float32.
 
     The paper's 1 / M makes its form small, and smaller with more queries; with ``normalize="mean"`` or ``"max"`` it
-    is of the order of a plain mean squared error.
+    is of the order of a plain mean squared error, for each stage and level. With `relative` it is
+
+    .. math::
+        L = \frac{\sum_{l, p} w_l(p) \| F_T(p) - F_S(p) \|^2}{\sum_{l, p} w_l(p) \| F_T(p) \|^2}
+
+    over stages `l` and the valid cells `p` of the batch, a mean over levels: 1 for a student whose features are 0, and
+    the same for any scale of the features and any number of stages and levels.
 
     Args:
         student_features: (B, D, H, W), or a sequence of levels. For other channels or sizes than the teacher's see
@@ -59,8 +71,10 @@ def target_aware_feature_loss(
         quality: (B, M) or (L, B, M), from :func:`query_quality`.
         variant: ``"paper"`` or ``"official"``.
         normalize: See :func:`target_aware_mask`.
+        relative: Whether the error is divided by what it is for features of 0, instead of by the number of cells and
+            channels. 0 where the teacher has no features of weight.
         padding_mask: (B, H, W) bool, True = a valid cell, or one per level. None: all valid.
-        sync_normalizer: Whether the number of valid cells is averaged over replicas when torch.distributed is
+        sync_normalizer: Whether what the error is divided by is averaged over replicas when torch.distributed is
             initialised and gradients are enabled.
 
     Returns:
@@ -86,18 +100,31 @@ def target_aware_feature_loss(
         validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", level.teacher)
     # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
     summary = summarize_queries(teacher_queries.detach(), quality.detach(), variant, add_stages=normalize == "queries")
-    distances, counts = [], []
+    errors, divisors = [], []
     for student, teacher, _, valid in levels:
         seen = compare(student, teacher, valid, summary)
         cells = None if valid is None else valid.flatten(1)
         weight = _loss_weight(seen, teacher_queries.shape[-2], cells, variant=variant, normalize=normalize)
-        count = weight.new_full((), weight.numel()) if cells is None else cells.sum().to(weight.dtype)
-        counts.append(count)
-        distances.append((seen.distance * weight).sum())
+        errors.append((seen.distance * weight).sum())
+        divisors.append(_error_of_nothing(seen, weight, cells) if relative else _number(weight, cells))
+    floors = [0.0 if relative else 1.0] * len(levels)
+    means = replica_means(*divisors, sync=sync_normalizer, at_least=floors)
+    if relative:
+        ratios = [error / mean.where(mean > 0, torch.inf) for error, mean in zip(errors, means, strict=True)]
+        return torch.stack(ratios).mean()
     channels = [max(level.student.shape[1], 1) for level in levels]
-    each = zip(distances, replica_means(*counts, sync=sync_normalizer), channels, strict=True)
-    per_level = [distance / (count * number) for distance, count, number in each]
-    return torch.stack(per_level).sum()
+    each = zip(errors, means, channels, strict=True)
+    return torch.stack([error / (count * number) for error, count, number in each]).sum()
+
+
+def _number(weight: Tensor, valid: Tensor | None) -> Tensor:
+    """How many cells count."""
+    return weight.new_full((), weight.numel()) if valid is None else valid.sum().to(weight.dtype)
+
+
+def _error_of_nothing(seen: Comparison, weight: Tensor, valid: Tensor | None) -> Tensor:
+    """The weighted squared distance of a student whose features are 0."""
+    return (weight * (seen.square if valid is None else seen.square.where(valid, 0.0))).sum()
 
 
 @torch.no_grad()
@@ -118,7 +145,8 @@ class TargetAwareFeatureLoss(OptionModule):
         teacher_channels: See :class:`FeatureProjection`.
         variant: ``"paper"`` or ``"official"``.
         normalize: What the map is divided by (:func:`target_aware_mask`).
-        sync_normalizer: Whether the number of valid cells is averaged over replicas.
+        relative: Whether the error is relative to that of features of 0.
+        sync_normalizer: Whether what the error is divided by is averaged over replicas.
 
     Examples:
         >>> loss = TargetAwareFeatureLoss(4, 8)
@@ -138,9 +166,10 @@ class TargetAwareFeatureLoss(OptionModule):
         *,
         variant: Variant = "paper",
         normalize: Normalize | None = None,
+        relative: bool = False,
         sync_normalizer: bool = True,
     ) -> None:
-        super().__init__(variant=variant, normalize=normalize, sync_normalizer=sync_normalizer)
+        super().__init__(variant=variant, normalize=normalize, relative=relative, sync_normalizer=sync_normalizer)
         self.projections = FeatureProjection(student_channels, teacher_channels)
 
     def forward(
