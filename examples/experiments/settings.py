@@ -56,12 +56,13 @@ def _part(name: str, term: Callable[..., dkl.Term], **options: Any) -> Parts:
     return {name: Part(partial(term, **options))}
 
 
-logits = partial(_part, "logits", dkl.LogitsTerm)
-features = partial(_part, "feature", dkl.FeatureTerm)
-plain_features = partial(_part, "plain", dkl.PlainFeatureTerm)
-assigned_group = partial(_part, "query_group", dkl.QueryGroupTerm)
-shared_queries = partial(_part, "shared", dkl.SharedQueryTerm)
-own_group = partial(_part, "own_group", OwnGroupTerm)
+# The weights stand here, so that another default of a term does not change what a row is about.
+logits = partial(_part, "logits", dkl.LogitsTerm, weight=1.0)
+features = partial(_part, "feature", dkl.FeatureTerm, weight=20.0, normalize="max", relative=True)
+plain_features = partial(_part, "plain", dkl.PlainFeatureTerm, weight=20.0)
+assigned_group = partial(_part, "query_group", dkl.QueryGroupTerm, weight=1.0)
+shared_queries = partial(_part, "shared", dkl.SharedQueryTerm, weight=1.0)
+own_group = partial(_part, "own_group", OwnGroupTerm, weight=1.0)
 
 
 def along(schedule: Schedule, parts: Parts) -> Parts:
@@ -96,12 +97,13 @@ SETTINGS = {
     "shared queries, decayed": Setting(decayed(shared_queries())),
     "shared queries, uniform, decayed": Setting(decayed(shared_queries(weighting="uniform"))),
     "random queries, decayed": Setting(decayed(shared_queries(weighting="uniform")), change=send_random_queries),
-    "plain features, decayed": Setting(decayed(plain_features(weight=20.0))),
-    "plain features, pearson, decayed": Setting(decayed(plain_features(weight=20.0, distance="pearson"))),
-    "plain features, cosine, decayed": Setting(decayed(plain_features(weight=20.0, distance="cosine"))),
-    "plain features, channel, decayed": Setting(decayed(plain_features(weight=20.0, distance="channel"))),
-    "features, official, decayed": Setting(decayed(features(variant="official"))),
-    "features, normaliser of the paper, decayed": Setting(decayed(features(normalize=None))),
+    "plain features, decayed": Setting(decayed(plain_features())),
+    "plain features, pearson, decayed": Setting(decayed(plain_features(distance="pearson"))),
+    "plain features, cosine, decayed": Setting(decayed(plain_features(distance="cosine"))),
+    "plain features, channel, decayed": Setting(decayed(plain_features(distance="channel"))),
+    "features, not relative, decayed": Setting(decayed(features(relative=False))),
+    "features, official, decayed": Setting(decayed(features(variant="official", relative=False))),
+    "features, normaliser of the paper, decayed": Setting(decayed(features(normalize=None, relative=False))),
     # Pairs and all.
     "logits + features": Setting(logits() | features()),
     "logits + features, decayed": Setting(decayed(logits() | features())),
@@ -111,7 +113,7 @@ SETTINGS = {
     "assigned group + features, decayed": Setting(decayed(assigned_group() | features())),
     "paper": Setting(logits() | features() | assigned_group()),
     "paper, decayed": Setting(decayed(logits() | features() | assigned_group())),
-    "official": Setting(logits(matching="joint") | features(variant="official") | assigned_group()),
+    "official": Setting(logits(matching="joint") | features(variant="official", relative=False) | assigned_group()),
     # Parts of the logits loss, of constant weight beside decayed features.
     "features, decayed; logits": Setting(decayed(features()) | logits()),
     "features, decayed; logits of positives": Setting(decayed(features()) | positives()),
