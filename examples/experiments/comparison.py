@@ -85,7 +85,7 @@ def share_of_gradient(rows: Iterable[Row], moment: int) -> float | None:
     """Return the part that all distillation has in the gradients' lengths at one moment of the training, in percent."""
     shares = []
     for row in rows:
-        norms = {name: values[moment] for name, values in row["gradient_norms"].items() if name != "steps" and values}
-        if norms:
-            shares.append(100 * (1 - norms["detection"] / sum(norms.values())))
+        lengths = {name: values[moment] for name, values in row["gradients"]["norms"].items()}
+        if lengths:
+            shares.append(100 * (1 - lengths["detection"] / sum(lengths.values())))
     return statistics.fmean(shares) if shares else None

@@ -49,7 +49,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
     data = setting.labels(training_images(run.world), all_images(run.world), teacher)
     if setting.change is not None:
         teacher = setting.change(teacher, criterion.terms)
-    norms: dict[str, Any] = {"steps": []}
+    gradients: dict[str, Any] = {"steps": [], "norms": {}, "cosines": {}}
     history = train(
         model,
         data,
@@ -59,7 +59,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         teacher=teacher,
         distillation=criterion if setting.parts else None,
         set_weights=weight_setter(criterion, setting.parts),
-        watch=gradient_watcher(model, criterion, run.steps, norms) if setting.parts else None,
+        watch=gradient_watcher(model, criterion, run.steps, gradients) if setting.parts else None,
         on_step=on_step,
     )
     test_ap, test_ap50 = evaluate(model, held_out_images(run.world, TEST))
@@ -71,7 +71,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         "test_ap50": rounded(test_ap50),
         "seconds": rounded(history.seconds),
         "curve": curve(history),
-        "gradient_norms": norms,
+        "gradients": gradients,
         "matched_iou": matched_iou(model, training_images(run.world)),
         "teacher": teacher_facts(run.world, setting.teacher, cache) if teacher else None,
     }
@@ -89,23 +89,35 @@ def weight_setter(criterion: dkl.DETRDistillationLoss, parts: Parts) -> Callable
 
 
 def gradient_watcher(
-    model: TinyDETR, criterion: dkl.DETRDistillationLoss, steps: int, norms: dict[str, Any]
+    model: TinyDETR, criterion: dkl.DETRDistillationLoss, steps: int, seen: dict[str, Any]
 ) -> Callable[[int, Losses], None]:
-    """Return a function that notes, now and then, how long the gradients of the detection loss and of each term are."""
+    """Return a function that notes, now and then, the gradients of the detection loss and of each term.
+
+    Of each their length, and of the terms' the cosine of the angle to that of the detection loss.
+    """
     watched = {max(1, round(steps * progress)) for progress in SHARES_AT}
 
     def watch(step: int, losses: Losses) -> None:
         if step not in watched:
             return
         terms = {name: sum_of(losses.distillation, term.names) for name, term in criterion.terms.items()}
-        measured = dkl.loss_magnitudes(
-            {"detection": losses.detection, **terms}, losses.detection, list(model.parameters())
-        )
-        norms["steps"].append(step)
-        for name, magnitude in measured.items():
-            norms.setdefault(name, []).append(rounded(magnitude.gradient_norm.item()))
+        gradients = {name: gradient(loss, model) for name, loss in {"detection": losses.detection, **terms}.items()}
+        seen["steps"].append(step)
+        for name, vector in gradients.items():
+            cosine = torch.cosine_similarity(vector, gradients["detection"], dim=0).item()
+            seen["norms"].setdefault(name, []).append(rounded(vector.norm().item()))
+            seen["cosines"].setdefault(name, []).append(rounded(cosine))
 
     return watch
+
+
+def gradient(loss: Tensor, model: TinyDETR) -> Tensor:
+    """Return the gradient by all parameters as one vector, 0 where the loss does not depend on them."""
+    parameters = list(model.parameters())
+    if not loss.requires_grad:
+        return torch.zeros(sum(parameter.numel() for parameter in parameters))
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([each.flatten() for each in gradients])
 
 
 def sum_of(losses: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:

@@ -21,6 +21,8 @@ pytest.importorskip("matplotlib", reason="the toy detector's modules draw with m
 from experiments import check, comparison, crowds, digits, page, plot, probes, rows, run, tables, training, worlds
 from experiments.settings import SETTINGS
 
+import train  # isort: skip  (of the toy detector, which `experiments` finds)
+
 SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
 RUN = rows.Run("demo", "alone", 3, 0)
 
@@ -122,7 +124,11 @@ def test_three_steps_of_every_setting(setting: str, small_world: Path) -> None:
     assert 0 <= row["ap"] <= row["ap50"] <= 100
     assert (row["teacher"] is None) == (not SETTINGS[setting].needs_teacher)
     terms = set(SETTINGS[setting].parts)
-    assert set(row["gradient_norms"]) == {"steps"} | ({"detection"} | terms if terms else set())
+    assert (
+        set(row["gradients"]["norms"])
+        == set(row["gradients"]["cosines"])
+        == ({"detection"} | terms if terms else set())
+    )
 
 
 def test_every_setting_of_a_table_is_known() -> None:
@@ -139,6 +145,27 @@ def test_weights_follow_their_schedules() -> None:
         set_weights(progress)
         seen.append((criterion.terms["shared"].weight, round(criterion.terms["feature"].weight, 3)))
     assert seen == [(1.0, 20.0), (0.0, 10.0), (0.0, 2.929), (1.0, 20.0)]
+
+
+def test_gradients_are_watched_as_one_vector(small_world: Path) -> None:
+    model = training.detector("demo", SMALL)
+    loss = model.queries.sum()
+    expected = torch.cat([torch.full_like(p, float(p is model.queries)).flatten() for p in model.parameters()])
+    assert torch.equal(training.gradient(loss, model), expected)
+    assert torch.equal(training.gradient(torch.zeros(()), model), torch.zeros_like(expected))
+    seen: dict = {"steps": [], "norms": {}, "cosines": {}}
+    criterion = dkl.DETRDistillationLoss([dkl.LogitsTerm()])
+    watch = training.gradient_watcher(model, criterion, steps=100, seen=seen)
+    losses = train.Losses(3 * loss, {"loss_kd_class": -loss, "loss_kd_bbox": -loss})
+    for step in (1, 2):  # the latter is two percent of the steps
+        watch(step, losses)
+    length = expected.norm().item()
+    assert seen["steps"] == [2]
+    assert seen["norms"] == {
+        "detection": [pytest.approx(3 * length, rel=1e-4)],
+        "logits": [pytest.approx(2 * length, rel=1e-4)],
+    }
+    assert seen["cosines"] == {"detection": [pytest.approx(1.0)], "logits": [pytest.approx(-1.0)]}
 
 
 def test_other_images_are_shown_and_own_queries_are_sent(small_world: Path) -> None:
@@ -333,8 +360,8 @@ def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
 
 
 def test_the_share_of_the_gradient_is_that_of_all_terms() -> None:
-    norms = {"steps": [1, 2], "detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
-    found = [{"gradient_norms": norms}, {"gradient_norms": {"steps": []}}]
+    norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
+    found = [{"gradients": {"norms": norms}}, {"gradients": {"norms": {}}}]
     assert comparison.share_of_gradient(found, 0) == pytest.approx(50.0)
     assert comparison.share_of_gradient(found, 1) == pytest.approx(75.0)
 
