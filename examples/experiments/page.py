@@ -21,22 +21,13 @@ from experiments.comparison import (
 )
 from experiments.plot import Line, line_plot
 from experiments.rows import RESULTS, Row, Run, read_rows
+from experiments.tables import TABLES
 from experiments.worlds import WORLDS
 
 DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 TEMPLATE = Path(__file__).parent / "evidence.md.in"
 NO_ROWS = "*No rows yet.*"
-COLUMNS = (
-    "setting",
-    "seeds",
-    "AP",
-    "test AP",
-    "test AP50",
-    "gain in test AP",
-    "time",
-    "gain at equal time",
-    "share of the gradient",
-)
+COLUMNS = ("setting", "seeds", "AP", "test AP", "test AP50", "gain", "time", "gain at equal time", "share")
 IN_FIGURES = (
     ALONE,
     "features, decayed",
@@ -55,25 +46,26 @@ class Evidence:
         self._relative_time: dict[str, float] = cost.get("relative", {})
         self._seconds: float = cost.get("seconds per step alone", 0.0)
 
-    def table(self, world: str, steps: str) -> str:
-        """All settings of a world at one length, the best first."""
-        runs = self._runs(world, steps)
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *map(self._cells, runs)]
+    def table(self, name: str, reference: str = ALONE) -> str:
+        """All settings of a table and the one that they are compared with, the best first."""
+        runs = self._runs(name, reference)
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *(self._cells(run, reference) for run in runs)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) if runs else NO_ROWS
 
-    def verdicts(self, world: str, steps: str) -> str:
-        """Which settings are above and below the student alone."""
+    def verdicts(self, name: str, reference: str = ALONE) -> str:
+        """Which settings are above and below the one that they are compared with."""
         by_verdict: dict[str, list[str]] = {}
-        for run in self._runs(world, steps):
-            if run.setting != ALONE:
-                by_verdict.setdefault(gain(self._rows, run).verdict, []).append(run.setting)
+        for run in self._runs(name, reference):
+            found = gain(self._rows, run, reference)
+            if run.setting != reference and found is not None:
+                by_verdict.setdefault(found.verdict, []).append(run.setting)
         known = [verdict for verdict in ("above", "not told apart", "below", "too few seeds") if verdict in by_verdict]
         lines = [f"- {verdict.capitalize()}: {'; '.join(by_verdict[verdict])}." for verdict in known]
-        return "\n".join(lines) or NO_ROWS
+        return "\n".join(lines)
 
-    def teachers(self, world: str, steps: str) -> str:
+    def teachers(self, name: str) -> str:
         """How good the teachers of a table are."""
-        teachers = [row["teacher"] for run in self._runs(world, steps) for row in self._of(run) if row["teacher"]]
+        teachers = [row["teacher"] for run in self._runs(name, ALONE) for row in self._of(run) if row["teacher"]]
         said = {
             teacher["name"]: f"{teacher['ap']:.1f} AP, {teacher['test_ap']:.1f} on the test images, after "
             f"{teacher['seconds']:.0f} s"
@@ -82,9 +74,10 @@ class Evidence:
         names = {name: "The teacher" if name == "teacher" else f'The teacher "{name}"' for name in said}
         return " ".join(f"{names[name]} has {fact}." for name, fact in said.items())
 
-    def gain(self, world: str, steps: str, setting: str, other: str = ALONE) -> str:
-        """How far a setting is above another in test AP."""
-        found = gain(self._rows, Run(world, setting, int(steps), 0), other)
+    def gain(self, name: str, setting: str, other: str = ALONE) -> str:
+        """How far a setting of a table is above another in test AP."""
+        table = TABLES[name]
+        found = gain(self._rows, Run(table.world, setting, table.steps[0], 0), other)
         return "no rows yet" if found is None else f"{difference(found)} AP ({found.count} seeds)"
 
     def provenance(self) -> str:
@@ -112,11 +105,11 @@ class Evidence:
             "evidence-time.svg": line_plot("Test AP", "minutes of processor time", minutes, (1, 2, 4, 8, 16)),
         }
 
-    def _runs(self, world: str, steps: str) -> list[Run]:
-        """The settings of a table, the best first."""
-        settings = dict.fromkeys(run.setting for run in self._rows if (run.world, run.steps) == (world, int(steps)))
-        runs = [Run(world, setting, int(steps), 0) for setting in settings]
-        return sorted(runs, key=lambda run: -self._sample(run, "test_ap").mean)
+    def _runs(self, name: str, reference: str) -> list[Run]:
+        """The settings of a table that have rows, and the reference, the best first."""
+        world, (steps,), settings, _ = TABLES[name]
+        runs = [Run(world, setting, steps, 0) for setting in dict.fromkeys((reference, *settings))]
+        return sorted(filter(self._of, runs), key=lambda run: -self._sample(run, "test_ap").mean)
 
     def _of(self, run: Run) -> list[Row]:
         return list(of_setting(self._rows, run.world, run.setting, run.steps).values())
@@ -124,19 +117,20 @@ class Evidence:
     def _sample(self, run: Run, field: str) -> Sample:
         return sample(row[field] for row in self._of(run))
 
-    def _cells(self, run: Run) -> list[str]:
+    def _cells(self, run: Run, reference: str) -> list[str]:
         """A setting as the cells of a line."""
-        alone, time = run.setting == ALONE, self._relative_time.get(run.setting)
-        equal = None if time is None or alone else gain_at_equal_time(self._rows, run, time)
+        found = None if run.setting == reference else gain(self._rows, run, reference)
+        time = self._relative_time.get(run.setting)
+        equal = None if time is None or run.setting == ALONE else gain_at_equal_time(self._rows, run, time)
         shares = [share_of_gradient(self._of(run), moment) for moment in (1, 3, 5)]
         return [
             run.setting,
             str(len(self._of(run))),
             *(spread(self._sample(run, field)) for field in ("ap", "test_ap", "test_ap50")),
-            "" if alone else difference(gain(self._rows, run)),
+            "" if found is None else difference(found),
             "" if time is None else f"{time:.2f}",
             "" if equal is None else difference(equal),
-            "" if None in shares else ", ".join(f"{share:.0f}" for share in shares) + " %",
+            "" if None in shares else ", ".join(f"{share:.0f}" for share in shares),
         ]
 
     def _points(self, setting: str) -> list[tuple[float, float, float]]:

@@ -376,9 +376,9 @@ def test_page_and_figures_are_those_of_the_rows() -> None:
 
 
 def test_a_marker_is_replaced_by_what_its_function_says() -> None:
-    template = "a {{gain shapes, gaps | 5 | x}} b {{provenance}}"
+    template = "a {{gain demo, controls | 5 | x}} b {{provenance}}"
     assert page.filled(template, lambda *words: repr(words)) == (
-        "a ('gain', 'shapes, gaps', '5', 'x') b ('provenance',)"
+        "a ('gain', 'demo, controls', '5', 'x') b ('provenance',)"
     )
 
 
