@@ -164,6 +164,7 @@ def pieces(results: Path = RESULTS) -> dict[str, str]:
     """Return the page and its figures by file name."""
     evidence = Evidence(results)
     page = filled(TEMPLATE.read_text(), lambda name, *arguments: getattr(evidence, name)(*arguments))
+    page = re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", page))  # of what has no rows yet
     return {"evidence.md": page, **evidence.figures()}
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; without one: what there is and is missing")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--setting", help="this setting alone")
+    parser.add_argument("--setting", action="append", help="these settings alone")
     parser.add_argument("--seed", type=int, action="append", help="these seeds alone, others than a table's, too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained teachers")
@@ -53,12 +53,12 @@ def main() -> None:
     do_runs(runs, missing, workers=arguments.workers, results=arguments.results, cache=arguments.cache)
 
 
-def wanted_runs(table: str, setting: str | None, seeds: list[int] | None) -> list[Run]:
+def wanted_runs(table: str, settings: list[str] | None, seeds: list[int] | None) -> list[Run]:
     """Return the runs of a table, or a part of them, or the same with other seeds."""
     runs = list(TABLES[table].runs())
     if seeds is not None:
         runs = [run._replace(seed=seed) for seed in seeds for run in runs if run.seed == 0]
-    return [run for run in runs if setting in (None, run.setting)]
+    return [run for run in runs if settings is None or run.setting in settings]
 
 
 def show_what_is_missing(results: Path) -> None:

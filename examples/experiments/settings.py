@@ -14,6 +14,7 @@ from experiments.controls import (
     add_teacher_boxes,
     keep_labels,
     replace_by_teacher_boxes,
+    send_best_queries,
     send_own_group,
     send_random_queries,
     show_other_images,
@@ -109,6 +110,10 @@ SETTINGS = {
     "logits + features, decayed": Setting(decayed(logits() | features())),
     "logits / 4 + features, decayed": Setting(decayed(logits(weight=0.25) | features())),
     "shared queries + features, decayed": Setting(decayed(shared_queries() | features())),
+    "best queries + features, decayed": Setting(decayed(shared_queries() | features()), change=send_best_queries),
+    "best queries, assigned + features, decayed": Setting(
+        decayed(assigned_group() | features()), change=send_best_queries
+    ),
     "shared queries in the first half + features, decayed": Setting(first_half(shared_queries()) | decayed(features())),
     "assigned group + features, decayed": Setting(decayed(assigned_group() | features())),
     "paper": Setting(logits() | features() | assigned_group()),

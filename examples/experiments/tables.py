@@ -28,6 +28,7 @@ FIRST = (
     "alone",
     "features, decayed",
     "logits + features",
+    "best queries + features, decayed",
     "shared queries + features, decayed",
     "features",
     "logits + features, decayed",

@@ -13,10 +13,14 @@ import detr_kd_losses as dkl
 
 
 class Group(NamedTuple):
-    """Queries (Q, D) and their anchors (Q, 4), logits of cxcywh boxes, beside those that a detector has."""
+    """Queries (Q, D) and their anchors (Q, 4), logits of cxcywh boxes, beside those that a detector has.
+
+    With a dimension of images in front, each image has its own: `index` (B, Q) says which of a teacher's they are.
+    """
 
     queries: Tensor
     anchors: Tensor
+    index: Tensor | None = None
 
 
 class TinyDETR(nn.Module):
@@ -57,13 +61,11 @@ class TinyDETR(nn.Module):
         if group is None:
             boxes, logits, queries = self.decode(features, self.queries, self.anchors)
             return dkl.DetectorOutput(logits=logits, boxes=boxes, queries=queries, features=features)
-        sizes = [len(self.queries), len(group.queries)]
-        boxes, logits, queries = self.decode(
-            features,
-            torch.cat([self.queries, group.queries]),
-            torch.cat([self.anchors, group.anchors]),
-            dkl.query_group_attention_mask(sizes),
-        )
+        sizes = [len(self.queries), group.queries.shape[-2]]
+        own_and_group = ((self.queries, group.queries), (self.anchors, group.anchors))
+        queries, anchors = (torch.cat([x.expand(len(images), -1, -1) for x in pair], 1) for pair in own_and_group)
+        mask = dkl.query_group_attention_mask(sizes)
+        boxes, logits, queries = self.decode(features, queries, anchors, mask)
         boxes, group_boxes = boxes.split(sizes, dim=2)
         logits, group_logits = logits.split(sizes, dim=2)
         return dkl.DetectorOutput(
@@ -72,6 +74,7 @@ class TinyDETR(nn.Module):
             queries=queries[:, :, : sizes[0]],
             features=features,
             group=dkl.Predictions(group_logits, group_boxes),
+            group_index=group.index,
         )
 
     def own_group(self) -> Group:
@@ -94,8 +97,8 @@ class TinyDETR(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return boxes (L, B, Q, 4), logits (L, B, Q, C) and queries (L, B, Q, D) of every layer.
 
-        queries (Q, D) and anchors (Q, 4), logits of cxcywh boxes, are those of all images; attention_mask (Q, Q) is
-        True where a query must not attend to another.
+        queries (Q, D) and anchors (Q, 4), logits of cxcywh boxes, are those of all images, or (B, Q, ...) each image's;
+        attention_mask (Q, Q) is True where a query must not attend to another.
         """
         queries = queries.expand(len(features), -1, -1)
         reference = anchors.sigmoid().expand(len(features), -1, -1)

@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="the toy detector's modules draw with m
 from experiments import check, comparison, crowds, digits, page, plot, probes, rows, run, tables, training, worlds
 from experiments.settings import SETTINGS
 
+import model  # isort: skip
 import train  # isort: skip  (of the toy detector, which `experiments` finds)
 
 SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
@@ -148,14 +149,14 @@ def test_weights_follow_their_schedules() -> None:
 
 
 def test_gradients_are_watched_as_one_vector(small_world: Path) -> None:
-    model = training.detector("demo", SMALL)
-    loss = model.queries.sum()
-    expected = torch.cat([torch.full_like(p, float(p is model.queries)).flatten() for p in model.parameters()])
-    assert torch.equal(training.gradient(loss, model), expected)
-    assert torch.equal(training.gradient(torch.zeros(()), model), torch.zeros_like(expected))
+    student = training.detector("demo", SMALL)
+    loss = student.queries.sum()
+    expected = torch.cat([torch.full_like(p, float(p is student.queries)).flatten() for p in student.parameters()])
+    assert torch.equal(training.gradient(loss, student), expected)
+    assert torch.equal(training.gradient(torch.zeros(()), student), torch.zeros_like(expected))
     seen: dict = {"steps": [], "norms": {}, "cosines": {}}
     criterion = dkl.DETRDistillationLoss([dkl.LogitsTerm()])
-    watch = training.gradient_watcher(model, criterion, steps=100, seen=seen)
+    watch = training.gradient_watcher(student, criterion, steps=100, seen=seen)
     losses = train.Losses(3 * loss, {"loss_kd_class": -loss, "loss_kd_bbox": -loss})
     for step in (1, 2):  # the latter is two percent of the steps
         watch(step, losses)
@@ -187,6 +188,23 @@ def test_random_queries_are_new_in_each_step_and_go_through_both_decoders(small_
     torch.testing.assert_close(first.group.logits, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first.group.boxes, boxes, rtol=1e-5, atol=1e-5)
     assert not torch.equal(teacher.batch(indices).group.boxes, first.group.boxes)
+
+
+def test_the_best_queries_are_asked_as_if_they_were_alone(small_world: Path) -> None:
+    teacher = SETTINGS["best queries + features, decayed"].change(
+        training.ready_teacher("demo", "teacher", small_world), {}
+    )
+    indices = torch.tensor([3, 7])
+    surest = teacher.batch(indices).logits[-1].amax(-1).topk(3).indices  # a quarter of 10, rounded up
+    assert torch.equal(teacher.group().index, surest)
+    student = training.detector("demo", SMALL).eval()
+    images = worlds.all_images("demo").select(indices).normalised()
+    together = student(images, teacher.group())
+    for image in range(2):
+        own = model.Group(teacher.model.queries[surest[image]], teacher.model.anchors[surest[image]])
+        alone = student(images[image : image + 1], own)
+        torch.testing.assert_close(together.group.boxes[:, image], alone.group.boxes[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(together.group_index, surest)
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
