@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,20 +29,28 @@ SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_l
 RUN = rows.Run("demo", "alone", 3, 0)
 
 
-@pytest.fixture
-def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A world of 20 images with teachers of one step; the folder of its cache."""
+    folder = tmp_path_factory.mktemp("cache")
     kinds = {"teacher": SMALL | {"num_queries": 10}, "barely better": SMALL, "a student": SMALL}
     teachers = {name: worlds.Recipe(kind, steps=1) for name, kind in kinds.items()}
-    monkeypatch.setitem(worlds.WORLDS, "demo", worlds.World(20, teachers))
-    monkeypatch.setattr(training, "VALIDATION", (10, 1))
-    monkeypatch.setattr(training, "TEST", (10, 2))
-    monkeypatch.setattr(training, "STUDENT", SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(worlds.WORLDS, "demo", worlds.World(20, teachers))
+        for name, value in {"VALIDATION": (10, 1), "TEST": (10, 2), "STUDENT": SMALL}.items():
+            patch.setattr(training, name, value)
+        worlds.all_images.cache_clear()
+        for teacher in teachers:
+            training.train_teacher(training.TeacherOf("demo", teacher), folder, on_step=lambda: None)
+        yield folder
+
+
+@pytest.fixture
+def small_world(trained: Path) -> Path:
+    """The same, without what another test has left in memory."""
     worlds.all_images.cache_clear()
     training.ready_teacher.cache_clear()
-    for teacher in teachers:
-        training.train_teacher(training.TeacherOf("demo", teacher), tmp_path, on_step=lambda: None)
-    return tmp_path
+    return trained
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
