@@ -81,11 +81,18 @@ def alone_at(rows: Mapping[Run, Row], world: str, seed: int, steps: float) -> fl
     return None
 
 
-def share_of_gradient(rows: Iterable[Row], moment: int) -> float | None:
-    """Return the part that all distillation has in the gradients' lengths at one moment of the training, in percent."""
-    shares = []
-    for row in rows:
-        lengths = {name: values[moment] for name, values in row["gradients"]["norms"].items()}
-        if lengths:
-            shares.append(100 * (1 - lengths["detection"] / sum(lengths.values())))
-    return statistics.fmean(shares) if shares else None
+class TermGradient(NamedTuple):
+    """What the gradient of a term is beside the others' at one moment of the training."""
+
+    share: float  # of its length in the sum of all lengths, the detection loss's included
+    cosine: float  # of the angle to the gradient of the detection loss
+
+
+def gradient_of_term(rows: Iterable[Row], term: str, moment: int) -> TermGradient:
+    """Return the means over some rows."""
+    found = [row["gradients"] for row in rows]
+    lengths = [{name: values[moment] for name, values in each["norms"].items()} for each in found]
+    return TermGradient(
+        statistics.fmean(each[term] / sum(each.values()) for each in lengths),
+        statistics.fmean(each["cosines"][term][moment] for each in found),
+    )

@@ -15,25 +15,28 @@ from experiments.comparison import (
     Sample,
     gain,
     gain_at_equal_time,
+    gradient_of_term,
     of_setting,
     sample,
-    share_of_gradient,
 )
 from experiments.plot import Line, line_plot
 from experiments.rows import RESULTS, Row, Run, read_rows
+from experiments.settings import SETTINGS
 from experiments.tables import TABLES
 from experiments.worlds import WORLDS
 
 DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 TEMPLATE = Path(__file__).parent / "evidence.md.in"
 NO_ROWS = "*No rows yet.*"
-COLUMNS = ("setting", "seeds", "AP", "test AP", "test AP50", "gain", "time", "gain at equal time", "share")
+COLUMNS = ("setting", "seeds", "AP", "test AP", "test AP50", "gain", "time", "gain at equal time")
+GRADIENT_COLUMNS = ("setting", "term", "share of the gradient, in %", "cosine to the detection loss's")
+MOMENTS = (1, 3, 5)  # after a tenth, a half and 19 twentieths of the training
 IN_FIGURES = (
     ALONE,
     "features, decayed",
     "logits + features",
     "logits + features, decayed",
-    "shared queries + features, decayed",
+    "best queries + features, decayed",
 )
 
 
@@ -51,6 +54,18 @@ class Evidence:
         runs = self._runs(name, reference)
         lines = [COLUMNS, ("---",) * len(COLUMNS), *(self._cells(run, reference) for run in runs)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) if runs else NO_ROWS
+
+    def gradients(self, name: str, reference: str = ALONE) -> str:
+        """How long the gradient of each term of a table is, and in which direction it goes."""
+        lines: list[tuple[str, ...]] = [GRADIENT_COLUMNS, ("---",) * len(GRADIENT_COLUMNS)]
+        for run in self._runs(name, reference):
+            rows = self._of(run)
+            for term in SETTINGS[run.setting].parts:
+                found = [gradient_of_term(rows, term, moment) for moment in MOMENTS]
+                shares = ", ".join(f"{100 * each.share:.0f}" for each in found)
+                cosines = ", ".join(f"{each.cosine:.2f}" for each in found)
+                lines.append((run.setting, term.replace("_", " "), shares, cosines))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) if len(lines) > 2 else NO_ROWS
 
     def verdicts(self, name: str, reference: str = ALONE) -> str:
         """Which settings are above and below the one that they are compared with."""
@@ -122,7 +137,6 @@ class Evidence:
         found = None if run.setting == reference else gain(self._rows, run, reference)
         time = self._relative_time.get(run.setting)
         equal = None if time is None or run.setting == ALONE else gain_at_equal_time(self._rows, run, time)
-        shares = [share_of_gradient(self._of(run), moment) for moment in (1, 3, 5)]
         return [
             run.setting,
             str(len(self._of(run))),
@@ -130,7 +144,6 @@ class Evidence:
             "" if found is None else difference(found),
             "" if time is None else f"{time:.2f}",
             "" if equal is None else difference(equal),
-            "" if None in shares else ", ".join(f"{share:.0f}" for share in shares),
         ]
 
     def _points(self, setting: str) -> list[tuple[float, float, float]]:

@@ -386,11 +386,13 @@ def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
     assert comparison.gain_at_equal_time(made_rows(values), run, relative_time=5.0) is None
 
 
-def test_the_share_of_the_gradient_is_that_of_all_terms() -> None:
+def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
     norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
-    found = [{"gradients": {"norms": norms}}, {"gradients": {"norms": {}}}]
-    assert comparison.share_of_gradient(found, 0) == pytest.approx(50.0)
-    assert comparison.share_of_gradient(found, 1) == pytest.approx(75.0)
+    cosines = {"detection": [1.0, 1.0], "logits": [0.5, 0.25], "feature": [0.0, -0.5]}
+    other = {"norms": {**norms, "logits": [5.0, 0.0]}, "cosines": {**cosines, "logits": [0.1, 0.25]}}
+    found = [{"gradients": {"norms": norms, "cosines": cosines}}, {"gradients": other}]
+    assert comparison.gradient_of_term(found, "logits", 0) == pytest.approx(((1 / 6 + 0.5) / 2, 0.3))
+    assert comparison.gradient_of_term(found[:1], "feature", 1) == pytest.approx((0.25, -0.5))
 
 
 # --------------------------------------------------------------------------------------------------------------- page
