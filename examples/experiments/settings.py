@@ -109,6 +109,9 @@ SETTINGS = {
     "logits + features": Setting(logits() | features()),
     "logits + features, decayed": Setting(decayed(logits() | features())),
     "logits / 4 + features, decayed": Setting(decayed(logits(weight=0.25) | features())),
+    "logits through targets / 4 + features, decayed": Setting(
+        decayed(logits(matching="targets", weight=0.25) | features())
+    ),
     "shared queries + features, decayed": Setting(decayed(shared_queries() | features())),
     "best queries + features, decayed": Setting(decayed(shared_queries() | features()), change=send_best_queries),
     "best queries, assigned + features, decayed": Setting(

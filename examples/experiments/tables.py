@@ -33,7 +33,16 @@ FIRST = (
     "features",
     "logits + features, decayed",
     "logits / 4 + features, decayed",
+    "logits through targets / 4 + features, decayed",
     "assigned group, decayed",
+)
+PRESETS = (
+    "alone",
+    "features, decayed",
+    "best queries + features, decayed",
+    "logits + features",
+    "paper",
+    "official",
 )
 PROBES = (
     "features, decayed; logits",
@@ -69,12 +78,14 @@ TABLES = {
     "demo, equal time": Table("demo", (700, 1200), ("alone",)),
     "main": Table("shapes", (2000,), FIRST),
     "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
-    "long": Table("shapes", (6000,), ("alone", "features, decayed", "logits + features"), seeds=3),
+    "presets": Table("shapes", (2000,), PRESETS),
+    "curves": Table("shapes", (1000, 4000, 8000), PRESETS[:4], seeds=3),
+    "long": Table("shapes", (6000,), PRESETS[:4], seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
-    "digits": Table("digits", (2000,), FIRST),
+    "digits": Table("digits", (2000,), PRESETS),
     "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
-    "crowds": Table("crowds", (2000,), FIRST),
+    "crowds": Table("crowds", (2000,), PRESETS),
     "crowds, equal time": Table("crowds", (2400, 4000), ("alone",), seeds=3),
     "few labels": Table("shapes, few labels", (2000,), FEW_LABELS),
     "labels": Table(
