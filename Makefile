@@ -15,13 +15,14 @@ help:
 	@echo "make docs   run the code in the Markdown pages and check their links"
 	@echo "make bench  measure matching and losses on this machine"
 
-# One stamp per extra, renewed when the requirements change.
+# One stamp per dependency group, renewed when the requirements change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fast,offline,plot,testing]' --group $*
 	@touch $@
 
-demo: $(VENV)/.installed-examples
+demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/toy_detector/demo.py
 
 test: $(VENV)/.installed-test
