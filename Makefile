@@ -12,7 +12,7 @@ help:
 	@echo "make test   run all tests"
 	@echo "make lanes  run the core tests on the lowest, the pinned and the newest versions: gigabytes"
 	@echo "make lint   ruff, mypy, import-linter"
-	@echo "make docs   run the code in the Markdown pages and check their links"
+	@echo "make docs   build the site: pages, notebooks, reference"
 	@echo "make bench  measure matching and losses on this machine"
 
 # One stamp per dependency group, renewed when the requirements change.
@@ -37,8 +37,9 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q tests/project/test_docs.py --doctest-modules src
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
+	@echo "build/site/docs/index.html"
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/assignment.py

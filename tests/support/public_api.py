@@ -1,6 +1,6 @@
 """Every public name with its signature and defaults: what a user's code may rest on.
 
-    PYTHONPATH=src:tests python -m support.public_api > tests/project/public_api.txt   # after a change that is meant
+PYTHONPATH=src:tests python -m support.public_api > tests/project/public_api.txt   # after a change that is meant
 """
 
 from __future__ import annotations
