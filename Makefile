@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Many small operations: a second thread per process would only wait for the first.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lanes lint docs bench clean
+.PHONY: help demo test lanes wheel lint docs bench clean
 
 help:
 	@echo "make demo   distil a small detector, print a table, draw toy_distillation.png"
 	@echo "make test   run all tests"
 	@echo "make lanes  run the core tests on the lowest, the pinned and the newest versions: gigabytes"
+	@echo "make wheel  build what a release uploads, and use it as a newcomer would"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make docs   build the site: pages, notebooks, reference"
 	@echo "make bench  measure matching and losses on this machine"
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-test
 
 lanes:
 	tests/lanes.sh
+
+wheel:
+	tests/wheel.sh
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

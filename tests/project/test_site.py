@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import detr_kd_losses as dkl
+
 from support.public_api import MODULES
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,10 @@ def test_the_reference_lists_nothing_twice_and_nothing_unknown():
     for name in listed:
         module, _, attribute = f"detr_kd_losses.{name}".rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {dkl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_page_is_in_the_contents():
