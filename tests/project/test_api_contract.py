@@ -17,7 +17,7 @@ from support.public_api import MODULES, listing
 from support.registry import LOSSES
 
 # Keyword arguments of the functions that are data, not options: the forward of the Module takes them.
-DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "boxes"}
+DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "query_mask", "boxes"}
 DATA |= {f"{model}_{what}" for model in ("student", "teacher") for what in ("bins", "scale")}
 # What a Module owns beyond the options of its function.
 OWNED = {"student_channels", "teacher_channels"}
