@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.patches import Rectangle
 from runs import ALONE, BOTH, STUDENT, TEACHER, load_detector, validation_images, weights_file
 from shapes import CLASSES, ShapeImages
 from torch import Tensor
 from train import Histories, predict
 
 import detr_kd_losses as dkl
+from detr_kd_losses.plotting import plot_mask, plot_matching
 
 INK, FAINT, GREY, BLUE, RED = "#22272e", "#d8dde3", "#8b949e", "#0969da", "#cf222e"
 OTHERS = ("#bf8700", "#1a7f37", "#8250df", "#bc4c00")
-PAIRS = ("#ffd33d", "#3fb950", "#58a6ff", "#ff7b72", "#d2a8ff", "#39d4d4")  # as many as an image has objects
 
 
 def draw_comparison(students: Histories, directory: Path, out: Path) -> None:
@@ -127,15 +127,16 @@ def draw_image(figure: SubFigure, directory: Path, seed: int) -> None:
         predict(load_detector(kind, weights_file(directory, name, of_seed)), data)
         for kind, name, of_seed in ((STUDENT, ALONE, seed), (STUDENT, BOTH, seed), (TEACHER, "teacher", 0))
     )
-    axes = figure.subplots(1, 5)
-    for panel in axes:
-        panel.imshow(data.images[0].permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), interpolation="nearest")
+    axes = figure.subplots(1, 4, width_ratios=(1, 1, 2.6, 1.15))
+    image = data.images[0]
+    for panel in axes[:2]:
+        panel.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), interpolation="nearest")
         panel.set(xlim=(0, 1), ylim=(1, 0))
         panel.set_axis_off()
     draw_detections(axes[0], alone, data.targets, ALONE)
     draw_detections(axes[1], student, data.targets, BOTH)
-    draw_matching(figure, axes[2], axes[3], student, teacher, data.targets)
-    draw_mask(axes[4], teacher, data.targets)
+    draw_matching(axes[2], image, student, teacher, data.targets)
+    draw_mask(axes[3], image, teacher, data.targets)
     count = int(data.targets.mask.sum())
     figure.supxlabel(
         f"The first validation image with {count} objects, seen by the students of seed {seed}. "
@@ -177,41 +178,23 @@ def draw_detections(axes: Axes, output: dkl.DetectorOutput, targets: dkl.Targets
 
 
 def draw_matching(
-    figure: SubFigure,
-    left: Axes,
-    right: Axes,
-    student: dkl.DetectorOutput,
-    teacher: dkl.DetectorOutput,
-    targets: dkl.Targets,
+    axes: Axes, image: Tensor, student: dkl.DetectorOutput, teacher: dkl.DetectorOutput, targets: dkl.Targets
 ) -> None:
     """Connect the teacher's queries that found an object to the student queries that learn from them."""
     positive = dkl.match_targets(teacher.logits, teacher.boxes, *targets) >= 0
     assignment = dkl.match_teacher(
         student.logits, student.boxes, teacher.logits, teacher.boxes, teacher_positive=positive
-    )[-1, 0]
-    learners = [n for n, m in enumerate(assignment.tolist()) if m >= 0 and positive[-1, 0, m]]
-    for colour, n in zip(PAIRS, learners, strict=False):
-        student_box, teacher_box = student.boxes[-1, 0, n], teacher.boxes[-1, 0, assignment[n]]
-        draw_box(left, student_box, colour)
-        draw_box(right, teacher_box, colour)
-        centres = student_box[:2].tolist(), teacher_box[:2].tolist()
-        line = ConnectionPatch(*centres, "data", "data", axesA=left, axesB=right, color=colour, lw=1.8)
-        figure.add_artist(line)
-        for axes, box in ((left, student_box), (right, teacher_box)):
-            axes.plot(*box[:2].tolist(), "o", ms=5, color=colour, mec="white", mew=0.8)
-    left.set_title("Hungarian matching:\nthese student queries …", fontsize=11, color=INK)
-    right.set_title("… learn from these\nof the teacher", fontsize=11, color=INK)
+    )
+    plot_matching(image, student, teacher, assignment, teacher_positive=positive, class_names=CLASSES, ax=axes)
+    axes.set_title("Hungarian matching:\nwhich student query learns from which of the teacher", fontsize=11, color=INK)
 
 
-def draw_mask(axes: Axes, teacher: dkl.DetectorOutput, targets: dkl.Targets) -> None:
+def draw_mask(axes: Axes, image: Tensor, teacher: dkl.DetectorOutput, targets: dkl.Targets) -> None:
     """Lay the weights of the feature loss over the image."""
     assignment = dkl.match_targets(teacher.logits, teacher.boxes, *targets)
     quality = dkl.query_quality(teacher.logits, teacher.boxes, *targets, assignment, variant="paper")
     masks = dkl.target_aware_mask(teacher.features, teacher.queries, quality, variant="paper", normalize="max")
-    axes.images[0].set_alpha(0.35)
-    axes.imshow(masks[:, 0].mean(0).numpy(), extent=(0, 1, 1, 0), cmap="inferno", alpha=0.8, interpolation="bicubic")
-    for box in targets.boxes[0, targets.mask[0]]:
-        draw_box(axes, box, "white", (0, (1, 2)))
+    plot_mask(image, masks[:, 0].mean(0), boxes=targets.boxes[0, targets.mask[0]], ax=axes)
     axes.set_title("Target-aware mask:\nthe weight of each feature", fontsize=11, color=INK)
 
 

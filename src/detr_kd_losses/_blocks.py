@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 __all__: list[str] = []
 
@@ -15,9 +18,12 @@ COSTS_SOLVED = 2**24
 FEATURES_COMPARED = 2**18
 FEATURES_MULTIPLIED = 2**19
 CELLS_MULTIPLIED = 128  # at least
-# Entries of what pairs say that are compared at a time: on a CPU 1 MiB in float32, on a GPU 16 MiB.
-PAIRS_COMPARED = 2**18
-PAIRS_COMPARED_ON_GPU = 2**22
+# Entries that are compared, and compared again in the backward pass, at a time: on a CPU 1 MiB in float32, on a GPU 16
+# MiB. Of less than that no more than a share at a time, and a block at least.
+RECOMPUTED = 2**18
+RECOMPUTED_ON_GPU = 2**22
+RECOMPUTED_SHARE = 8
+RECOMPUTED_AT_LEAST = 2**13
 # Rows of a form that are multiplied at a time: fewer leave out more of the lower triangle, more make better products.
 FORM_ROWS = 64
 
@@ -36,18 +42,70 @@ def slices(stop: int, size: int, start: int = 0) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, max(start + 1, stop), size)]
 
 
-def blocks_of_images(*tensors: Tensor, stages: bool, entries: int | None = None) -> list[tuple[Tensor, ...]]:
-    """Tensors (L, B, ...), or without `stages` (B, ...), cut alike into blocks of images of one layer.
+def recompute(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """``function(*tensors)``, which keeps nothing for the backward pass but `tensors`, and is called again there."""
+    # A compiler chooses itself what to keep, and transforms of torch.func keep everything.
+    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return function(*tensors)
+    result: Tensor = checkpoint(
+        function, *tensors, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+    return result
 
-    As many images as have enough of the `entries` in all; None: of those of the first tensor. Views, whose gradients
-    are joined once. All at once where there is nothing, or where a compiler fuses the temporaries away.
+
+def recompute_queries(
+    function: Callable[..., Tensor], assignment: Tensor, students: Sequence[Tensor], teachers: Sequence[Tensor]
+) -> Tensor:
+    """What `function` says of each student query (..., B, N), a few at a time: see :func:`recompute`.
+
+    Args:
+        function: Of a part of the queries of some images of one layer: their `assignment`, `students`, and all
+            `teachers` of these images.
+        assignment: (L, B, N) or (B, N).
+        students: Tensors (L, B, N, ...) or (B, N, ...), the largest first.
+        teachers: Tensors (L, B, M, ...) or (B, M, ...).
     """
-    first = tensors[0]
-    entries = first.numel() if entries is None else entries
-    if torch.compiler.is_compiling() or not entries or not first.numel():
-        return [tensors]
-    most = PAIRS_COMPARED if in_blocks(first) else PAIRS_COMPARED_ON_GPU
-    images = max(1, most * first.shape[int(stages)] * (len(first) if stages else 1) // entries)
-    layers = [tensor.unbind(0) if stages else (tensor,) for tensor in tensors]
-    cut = [[block for layer in each for block in torch.split(layer, images)] for each in layers]
-    return list(zip(*cut, strict=True))
+    most = _recomputed_at_once(students[0])
+    if torch.compiler.is_compiling() or most >= students[0].numel():
+        return recompute(function, assignment, *students, *teachers)
+    per_query = students[0].numel() // assignment.numel()
+    queries = assignment.shape[-1]
+    images, some = max(1, most // (queries * per_query)), max(1, most // per_query)
+    parts = []
+    for layer in zip(*(_layers(tensor, assignment) for tensor in (assignment, *students, *teachers)), strict=True):
+        for block in zip(*(torch.split(tensor, images) for tensor in layer), strict=True):
+            cut = (torch.split(tensor, some if images == 1 else queries, 1) for tensor in block[: 1 + len(students)])
+            parts += [recompute(function, *part, *block[1 + len(students) :]) for part in zip(*cut, strict=True)]
+    return torch.cat([part.flatten() for part in parts]).reshape(assignment.shape)
+
+
+def recompute_features(
+    function: Callable[..., Tensor], features: Tensor, *others: Tensor | None, dim: int
+) -> list[Tensor]:
+    """What `function` says of features (B, D, cells), part by part: see :func:`recompute`.
+
+    Args:
+        function: Of a part of the features and of the others.
+        features: (B, D, cells).
+        others: What can be broadcast to them; what has one entry along `dim` is given whole.
+        dim: Where to cut, 1 or 2.
+    """
+    length = features.shape[dim]
+    some = max(1, _recomputed_at_once(features) * length // max(1, features.numel()))
+    if torch.compiler.is_compiling() or some >= length:
+        return [recompute(function, features, *others)]
+    number = len(slices(length, some))
+    cut = (
+        [tensor] * number if tensor is None or tensor.shape[dim] == 1 else torch.split(tensor, some, dim)
+        for tensor in (features, *others)
+    )
+    return [recompute(function, *part) for part in zip(*cut, strict=True)]
+
+
+def _layers(tensor: Tensor, assignment: Tensor) -> Sequence[Tensor]:
+    return tensor.unbind(0) if assignment.ndim > 2 else (tensor,)
+
+
+def _recomputed_at_once(tensor: Tensor) -> int:
+    most = RECOMPUTED if in_blocks(tensor) else RECOMPUTED_ON_GPU
+    return max(RECOMPUTED_AT_LEAST, min(most, tensor.numel() // RECOMPUTED_SHARE))

@@ -13,19 +13,14 @@ from torch import Tensor
 from detr_kd_losses._blocks import COSTS_BUILT, COSTS_SOLVED, in_blocks, slices
 from detr_kd_losses._labels import labels_fit
 from detr_kd_losses._validation import (
-    validate_batch,
     validate_both_predictions,
-    validate_dtype,
-    validate_ndim,
     validate_predictions,
-    validate_same_device,
-    validate_same_shape,
     validate_targets_shape,
 )
 from detr_kd_losses.assignment import linear_sum_assignment
 from detr_kd_losses.costs import box_cost, detection_cost, distillation_cost, distillation_costs
 from detr_kd_losses.heads import Activation, ClassCost, ClassMap
-from detr_kd_losses.pairs import validate_teacher_positive
+from detr_kd_losses.pairs import validate_teacher_positive, validated_mask
 
 __all__ = ["match_targets", "match_teacher"]
 
@@ -107,7 +102,7 @@ def match_targets(
     mask = target_mask.expand(*batch, -1)
     masks = {"column_mask": mask}
     if query_mask is not None:
-        masks["row_mask"] = _validated_mask("query_mask", query_mask, "logits", logits)
+        masks["row_mask"] = validated_mask("query_mask", query_mask, "logits", logits)
     solve = partial(linear_sum_assignment, backend=backend)
     return _in_parts(solve, lambda *tensors: [cost(*tensors)], (logits, boxes, *targets), **masks)
 
@@ -178,7 +173,7 @@ def match_teacher(
     masks: dict[str, Tensor] = {}
     if teacher_mask is not None:
         name = "column_mask" if teacher_positive is None else "is_query"
-        masks[name] = _validated_mask("teacher_mask", teacher_mask, "teacher_logits", teacher_logits)
+        masks[name] = validated_mask("teacher_mask", teacher_mask, "teacher_logits", teacher_logits)
     if teacher_positive is None:
         solve = partial(linear_sum_assignment, backend=backend)
         return _in_parts(solve, lambda *tensors: [distillation_cost(*tensors, **options)], predictions, **masks)
@@ -206,7 +201,7 @@ def match_rest(
     boxes = (student_boxes, teacher_boxes)
     masks = {"assignment": assignment, "column_mask": teacher_positive}
     if teacher_mask is not None:
-        masks["is_query"] = _validated_mask("teacher_mask", teacher_mask, "teacher_boxes", teacher_boxes)
+        masks["is_query"] = validated_mask("teacher_mask", teacher_mask, "teacher_boxes", teacher_boxes)
     return _in_parts(solve, lambda *tensors: [cost(*tensors)], boxes, **masks)
 
 
@@ -226,16 +221,6 @@ def _share_rest(
     others = ~column_mask if is_query is None else ~column_mask & is_query
     rest = linear_sum_assignment(by_box, row_mask=assignment < 0, column_mask=others, backend=backend)
     return torch.where(assignment >= 0, assignment, rest)
-
-
-def _validated_mask(name: str, mask: Tensor, other: str, predictions: Tensor) -> Tensor:
-    """A mask of queries (..., N), of the leading dimensions of `predictions` (..., N, K)."""
-    validate_dtype(name, mask, torch.bool)
-    validate_ndim(name, mask, 1, "(..., N)")
-    validate_same_shape(name, mask.shape[-1:], other, predictions.shape[-2:-1], "(N,)")
-    validate_batch(name, mask.shape[:-1], other, predictions.shape[:-2])
-    validate_same_device(other, predictions, **{name: mask})
-    return mask.expand(predictions.shape[:-1])
 
 
 def _in_parts(

@@ -8,6 +8,7 @@ from torch import Tensor
 from detr_kd_losses._labels import validate_partners
 from detr_kd_losses._reduction import masked_sum, replica_means, replica_weight, sum_last
 from detr_kd_losses._validation import (
+    validate_batch,
     validate_dtype,
     validate_floating,
     validate_ndim,
@@ -50,6 +51,16 @@ def validate_teacher_weight(teacher_weight: Tensor | None, name: str, teacher: T
         msg = f"`teacher_weight` must have the dimensions (L, B, M) or (B, M) of `{name}` {queries}, got {shape}"
         raise ValueError(msg)
     validate_same_device(name, teacher, teacher_weight=teacher_weight)
+
+
+def validated_mask(name: str, mask: Tensor, other: str, predictions: Tensor) -> Tensor:
+    """A mask of queries (..., N), of the leading dimensions of `predictions` (..., N, K)."""
+    validate_dtype(name, mask, torch.bool)
+    validate_ndim(name, mask, 1, "(..., N)")
+    validate_same_shape(name, mask.shape[-1:], other, predictions.shape[-2:-1], "(N,)")
+    validate_batch(name, mask.shape[:-1], other, predictions.shape[:-2])
+    validate_same_device(other, predictions, **{name: mask})
+    return mask.expand(predictions.shape[:-1])
 
 
 def validate_batched(name: str, tensor: Tensor, trailing: str = "C") -> None:

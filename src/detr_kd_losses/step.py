@@ -193,6 +193,11 @@ class Step:
         index = self.student.group_index
         return teacher if index is None else gather_partners(teacher, index.expand(len(teacher), -1, -1))
 
+    def group_mask(self) -> Tensor | None:
+        """Which queries (B, K) of the student's group are queries of the teacher; None: all."""
+        mask, index = self.teacher.query_mask, self.student.group_index
+        return mask if mask is None or index is None else gather_partners(mask, index)
+
     def or_nan(self, loss: Tensor) -> Tensor:
         """`loss`; NaN where a target has a label that is no class, and nobody could look without stalling a GPU."""
         return nan_unless(self._labels_fit, loss)
@@ -221,7 +226,7 @@ def _without_padding(teacher: DetectorOutput, activation: Activation) -> Detecto
     queries = None if teacher.queries is None else teacher.queries.where(column, 0.0)
     boxes = teacher.boxes.where(column, 0.0)
     said = teacher.features, teacher.padding_mask, teacher.group, teacher.group_index, mask
-    return DetectorOutput(logits, boxes, queries, *said)
+    return DetectorOutput(logits, boxes, queries, *said, teacher.distributions, teacher.masks)
 
 
 def _of_size(masks: Levels, features: Levels) -> list[Tensor]:

@@ -10,6 +10,9 @@ import detr_kd_losses as dkl
 
 from support.steps import C, leaves, make_output, make_targets
 
+LOGITS_AND_BOXES = torch.randn(2, 7, C), torch.rand(2, 7, 4)
+NOBODY = torch.full((2, 7), -1)
+
 TERMS = {
     "logits": dkl.LogitsTerm,
     "logits, joint": lambda: dkl.LogitsTerm(matching="joint", weighting="confidence"),
@@ -21,6 +24,12 @@ TERMS = {
     "features, mean": lambda: dkl.FeatureTerm(normalize="mean"),
     "group": dkl.QueryGroupTerm,
     "shared": dkl.SharedQueryTerm,
+    "shared, uniform": lambda: dkl.SharedQueryTerm(weighting="uniform"),
+    "features, official, queries": lambda: dkl.FeatureTerm(variant="official", normalize="queries", topk=30),
+    "box distributions": dkl.BoxDistributionTerm,
+    "box distributions, by box": lambda: dkl.BoxDistributionTerm(negatives="by_box", weighting="confidence"),
+    "masks": dkl.MaskTerm,
+    "masks, joint": lambda: dkl.MaskTerm(matching="joint", cells="all"),
 }
 terms = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 # Fewer queries than the student has, and fewer than targets, too.
@@ -34,14 +43,18 @@ def padded(output, number, *, dim=2, value=torch.nan):
     return torch.cat((output, output.new_full(shape, value)), dim=dim)
 
 
-def step(number, more=0, *, images=2):
+def step(number, more=0, *, images=2, channels=C):
     """Student, teacher and targets, the teacher with so much padding, and a group with it."""
-    student, teacher = make_output(0, 3, 7, group=number, requires_grad=True), make_output(1, 3, number)
+    student = make_output(0, 3, 7, group=number, bins=5, mask_size=(4, 5), channels=channels, requires_grad=True)
+    teacher = make_output(1, 3, number, bins=7, mask_size=(5, 4), channels=channels)
     if more:
         group = dkl.Predictions(*(padded(part.detach(), more, value=0.3).requires_grad_() for part in student.group))
-        mask = (torch.arange(number + more) < number).expand(images, -1)
-        said = (padded(part, more) for part in (teacher.logits, teacher.boxes, teacher.queries))
-        teacher = dkl.DetectorOutput(*said, features=teacher.features, query_mask=mask)
+        logits, references, *grid = teacher.distributions
+        teacher = teacher._replace(
+            **{name: padded(getattr(teacher, name), more) for name in ("logits", "boxes", "queries", "masks")},
+            distributions=dkl.BoxDistributions(padded(logits, more), padded(references, more), *grid),
+            query_mask=(torch.arange(number + more) < number).expand(images, -1),
+        )
         student = student._replace(group=group)
     return student, teacher, make_targets((3, 1))
 
@@ -66,6 +79,18 @@ def test_changes_nothing(term, number, more):
     actual = values_and_gradients(criterion, *step(number, more), number)
     assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert any(gradient.any() for gradient in actual[1])
+
+
+@numbers
+@pytest.mark.parametrize("more", [1, 5])
+def test_the_group_of_a_softmax_student(number, more):
+    criterion = dkl.DETRDistillationLoss(
+        [dkl.QueryGroupTerm()], student_activation="softmax", teacher_activation="softmax"
+    )
+    expected = values_and_gradients(criterion, *step(number, channels=C + 1), number)
+    actual = values_and_gradients(criterion, *step(number, more, channels=C + 1), number)
+    assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert actual[0]["loss_kd_group_class"] > 0
 
 
 @terms
@@ -143,17 +168,32 @@ def test_errors(mask, error, message):
         criterion(student, teacher._replace(query_mask=mask), targets)
 
 
-def test_where_padding_would_count():
+def test_a_student_has_no_padding():
     student, teacher, targets = step(9, 3)
     with pytest.raises(ValueError, match=r"`student.query_mask` must be None"):
         dkl.DETRDistillationLoss()(student._replace(query_mask=teacher.query_mask), teacher, targets)
-    uniform = dkl.DETRDistillationLoss([dkl.SharedQueryTerm(weighting="uniform")])
-    with pytest.raises(ValueError, match=r"`teacher.query_mask` must be None for shared queries .* unequal='cut'"):
-        uniform(student, teacher, targets)
-    official = dkl.DETRDistillationLoss([dkl.FeatureTerm(variant="official", normalize="queries")])
-    with pytest.raises(ValueError, match=r"`teacher.query_mask` must be None for variant='official' with .*'cut'"):
-        official(student, teacher, targets)
-    softmax = dkl.DETRDistillationLoss([dkl.QueryGroupTerm()], student_activation="softmax")
-    student = make_output(0, 3, 7, group=12, channels=C + 1)
-    with pytest.raises(ValueError, match=r"`teacher.query_mask` must be None for the query group of a softmax .*'cut'"):
-        softmax(student, teacher, targets)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda mask: dkl.shared_query_distillation_loss(*LOGITS_AND_BOXES, *LOGITS_AND_BOXES, query_mask=mask),
+        lambda mask: dkl.detection_loss(*LOGITS_AND_BOXES, *make_targets(), NOBODY, query_mask=mask),
+        lambda mask: dkl.teacher_assigned_query_loss(*LOGITS_AND_BOXES, *make_targets(), NOBODY, query_mask=mask),
+        lambda mask: dkl.target_aware_feature_loss(
+            *[torch.rand(2, 4, 3, 3)] * 2, torch.rand(2, 7, 4), torch.rand(2, 7), query_mask=mask
+        ),
+        lambda mask: dkl.target_aware_mask(
+            torch.rand(2, 4, 3, 3), torch.rand(2, 7, 4), torch.rand(2, 7), query_mask=mask
+        ),
+    ],
+    ids=["shared queries", "detection", "query group", "features", "mask of features"],
+)
+def test_masks_of_functions(loss):
+    loss(torch.ones(2, 7, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"`query_mask` must have dtype torch\.bool, got torch\.float32"):
+        loss(torch.ones(2, 7))
+    with pytest.raises(ValueError, match=r"`query_mask` and `\w+` must have the same dimensions \(N,\), got \(6,\)"):
+        loss(torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"`query_mask` must have the batch dimensions of `\w+` \(2,\), got \(3,\)"):
+        loss(torch.ones(3, 7, dtype=torch.bool))

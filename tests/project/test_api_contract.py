@@ -7,15 +7,17 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import detr_kd_losses as dkl
 
+from support.public_api import MODULES, listing
 from support.registry import LOSSES
 
 # Keyword arguments of the functions that are data, not options: the forward of the Module takes them.
-DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "boxes"}
+DATA = {"teacher_positive", "teacher_weight", "weight", "padding_mask", "query_mask", "boxes"}
 DATA |= {f"{model}_{what}" for model in ("student", "teacher") for what in ("bins", "scale")}
 # What a Module owns beyond the options of its function.
 OWNED = {"student_channels", "teacher_channels"}
@@ -29,6 +31,21 @@ def test_all_is_sorted_and_complete():
     assert dkl.__all__ == sorted(dkl.__all__)
     public = {name for name, value in vars(dkl).items() if not name.startswith("_") and not inspect.ismodule(value)}
     assert public == set(dkl.__all__)
+
+
+SECTIONS = (Path(__file__).with_name("public_api.txt")).read_text().rstrip("\n").split("\n\n")
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
+def test_names_signatures_and_defaults_are_those_that_are_listed(section):
+    title, *expected = section.splitlines()
+    module = title.removeprefix("# ")
+    pytest.importorskip(module, reason=f"{module} needs an extra", exc_type=ImportError)
+    assert listing(module) == expected, "a change that is meant: PYTHONPATH=src:tests python -m support.public_api"
+
+
+def test_every_public_module_is_listed():
+    assert [section.splitlines()[0].removeprefix("# ") for section in SECTIONS] == list(MODULES)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

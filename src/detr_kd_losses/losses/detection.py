@@ -17,7 +17,7 @@ from detr_kd_losses._validation import (
     validate_targets_shape,
 )
 from detr_kd_losses.heads import DetectionClassLoss
-from detr_kd_losses.pairs import box_terms, gather_partners, validate_assignment, validate_batched
+from detr_kd_losses.pairs import box_terms, gather_partners, validate_assignment, validate_batched, validated_mask
 
 __all__ = ["DetectionLoss", "detection_loss"]
 
@@ -39,6 +39,7 @@ def detection_loss(
     target_mask: Tensor,
     assignment: Tensor,
     *,
+    query_mask: Tensor | None = None,
     class_loss: DetectionClassLoss = "focal",
     alpha: float = 0.25,
     gamma: float = 2.0,
@@ -67,6 +68,7 @@ def detection_loss(
         target_boxes: (B, T, 4), cxcywh in [0, 1].
         target_mask: (B, T) bool, True = a target, False = padding.
         assignment: (L, B, N) or (B, N) int64: the target of each query, -1 = none; from :func:`match_targets`.
+        query_mask: (B, N) or (L, B, N) bool, True = a query, False = padding, which has no part. None: all are queries.
         class_loss: ``"focal"`` for sigmoid heads, ``"cross_entropy"`` for softmax heads.
         alpha: Balance of the focal loss.
         gamma: Focus of the focal loss.
@@ -115,6 +117,9 @@ def detection_loss(
     target_boxes = target_boxes.detach().expand(*stages_and_batch, -1, -1)
     # What the mask excludes is no target, whatever the assignment says.
     matched = (assignment >= 0) & gather_partners(target_mask.expand(*stages_and_batch, -1), assignment)
+    if query_mask is not None:
+        query_mask = validated_mask("query_mask", query_mask, "logits", logits)
+        matched, logits = matched & query_mask, logits.where(query_mask.unsqueeze(-1), 0.0)
     labels = gather_partners(target_labels.expand(*stages_and_batch, -1), assignment)
     num_targets = target_mask.sum().to(logits.dtype)
 
@@ -123,9 +128,11 @@ def detection_loss(
         is_class = (torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)) & matched.unsqueeze(
             -1
         )
-        loss_class = sum_last(_focal(logits, is_class, alpha, gamma), 3) / num_targets
+        focal = _focal(logits, is_class, alpha, gamma).sum(-1)
+        loss_class = sum_last(focal if query_mask is None else focal.where(query_mask, 0.0), 2) / num_targets
     else:
         weight = torch.full_like(boxes[..., 0], no_object_weight).masked_fill(matched, 1.0)
+        weight = weight if query_mask is None else weight.where(query_mask, 0.0)
         floors = 1.0, torch.finfo(logits.dtype).tiny
         num_targets, total = replica_means(num_targets, sum_last(weight, 2), sync=sync_normalizer, at_least=floors)
         loss_class = sum_last(_cross_entropy(logits, labels, matched, weight), 2) / total
@@ -230,6 +237,9 @@ class DetectionLoss(OptionModule):
         target_boxes: Tensor,
         target_mask: Tensor,
         assignment: Tensor,
+        *,
+        query_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See :func:`detection_loss`."""
-        return detection_loss(logits, boxes, target_labels, target_boxes, target_mask, assignment, **self.call_options)
+        targets = target_labels, target_boxes, target_mask
+        return detection_loss(logits, boxes, *targets, assignment, query_mask=query_mask, **self.call_options)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_kd_losses._blocks import blocks_of_images
+from detr_kd_losses._blocks import recompute_queries
 from detr_kd_losses._options import OptionModule, Rules, boolean, validate_options
 from detr_kd_losses._precision import shared_dtype
 from detr_kd_losses._validation import (
@@ -85,16 +87,16 @@ def mask_distillation_loss(
     validate_assignment("assignment", assignment, "student_masks", student_masks[..., 0], teacher_masks.shape[-3])
     if teacher_weight is not None:
         validate_teacher_weight(teacher_weight, "teacher_masks", teacher_masks, trailing=2)
-    tensors = [student_masks, teacher_masks]
+    teachers = [teacher_masks.detach()]
     if boxes is not None:
         validate_boxes("boxes", boxes)
         validate_same_shape("boxes", boxes.shape[:-1], "teacher_masks", teacher_masks.shape[:-2], "(..., M)")
         validate_same_device("teacher_masks", teacher_masks, boxes=boxes)
-        tensors.append(boxes.detach())
+        teachers.append(boxes.detach())
     assignment, weight = weigh_pairs(assignment, teacher_weight, shared_dtype(student_masks, teacher_masks))
-    blocks = blocks_of_images(assignment, *tensors, stages=assignment.ndim > 2, entries=student_masks.numel())
-    divergence = torch.cat([_compare(*block, temperature=temperature) for block in blocks]).reshape(assignment.shape)
-    return mean_over_pairs(divergence * temperature**2, assignment >= 0, weight, sync=sync_normalizer)
+    compare = partial(_compare, temperature=temperature)
+    divergence = recompute_queries(compare, assignment, [student_masks], teachers) * temperature**2
+    return mean_over_pairs(divergence, assignment >= 0, weight, sync=sync_normalizer)
 
 
 def _validate_masks(student_masks: Tensor, teacher_masks: Tensor) -> None:

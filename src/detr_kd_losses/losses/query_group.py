@@ -22,6 +22,7 @@ def teacher_assigned_query_loss(
     target_mask: Tensor,
     teacher_assignment: Tensor,
     *,
+    query_mask: Tensor | None = None,
     class_loss: DetectionClassLoss = "focal",
     alpha: float = 0.25,
     gamma: float = 2.0,
@@ -46,6 +47,7 @@ def teacher_assigned_query_loss(
         target_mask: (B, T) bool, True = a target, False = padding.
         teacher_assignment: (L, B, M) or (B, M) int64: the target of each teacher query, -1 = none; from
             :func:`match_targets` on the teacher's predictions, in the student's depth (:func:`select_stages`).
+        query_mask: (B, M) or (L, B, M) bool, True = a query, False = padding, which has no part. None: all are queries.
         class_loss: ``"focal"`` for sigmoid heads, ``"cross_entropy"`` for softmax heads.
         alpha: Balance of the focal loss.
         gamma: Focus of the focal loss.
@@ -91,6 +93,7 @@ def teacher_assigned_query_loss(
         target_boxes,
         target_mask,
         teacher_assignment,
+        query_mask=query_mask,
         class_loss=class_loss,
         alpha=alpha,
         gamma=gamma,
@@ -118,6 +121,8 @@ class TeacherAssignedQueryLoss(DetectionLoss):
         target_boxes: Tensor,
         target_mask: Tensor,
         teacher_assignment: Tensor,
+        *,
+        query_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See :func:`teacher_assigned_query_loss`."""
         return teacher_assigned_query_loss(
@@ -127,6 +132,7 @@ class TeacherAssignedQueryLoss(DetectionLoss):
             target_boxes,
             target_mask,
             teacher_assignment,
+            query_mask=query_mask,
             **self.call_options,
         )
 

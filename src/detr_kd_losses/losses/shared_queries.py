@@ -12,7 +12,7 @@ from detr_kd_losses._validation import validate_both_predictions, validate_same_
 from detr_kd_losses.heads import Activation, ClassMap, Heads
 from detr_kd_losses.losses import logits
 from detr_kd_losses.losses.logits import ClassLoss, hungarian_distillation_loss, validate_class_loss
-from detr_kd_losses.pairs import validate_batched
+from detr_kd_losses.pairs import validate_batched, validated_mask
 from detr_kd_losses.weights import confidence_weight
 
 __all__ = ["SharedQueryDistillationLoss", "shared_query_distillation_loss"]
@@ -31,6 +31,7 @@ def shared_query_distillation_loss(
     teacher_logits: Tensor,
     teacher_boxes: Tensor,
     *,
+    query_mask: Tensor | None = None,
     weighting: SharedWeighting = "confidence",
     class_loss: ClassLoss = "kl",
     student_activation: Activation = "sigmoid",
@@ -59,6 +60,7 @@ def shared_query_distillation_loss(
         teacher_logits: (L, B, K, C') or (B, K, C'), raw, for the same queries in the same order. For another depth
             than the student's see :func:`select_stages`.
         teacher_boxes: (L, B, K, 4) or (B, K, 4), cxcywh in [0, 1].
+        query_mask: (B, K) or (L, B, K) bool, True = a query, False = padding, which has no part. None: all are queries.
         weighting: ``"confidence"``: a query counts by the teacher's highest score of a class that the student knows
             (:func:`confidence_weight`). ``"uniform"``: all count the same.
         class_loss: ``"kl"``, or for sigmoid students ``"bce"`` (:func:`hungarian_distillation_loss`).
@@ -95,12 +97,15 @@ def shared_query_distillation_loss(
     validate_options(RULES, weighting=weighting)
     heads = Heads(student_activation, teacher_activation, class_map)
     validate_class_loss(class_loss, heads)
+    itself = torch.arange(queries[-1], device=student_logits.device).expand(queries)
+    if query_mask is not None:
+        itself = itself.where(validated_mask("query_mask", query_mask, "student_logits", student_logits), -1)
     return hungarian_distillation_loss(
         student_logits,
         student_boxes,
         teacher_logits,
         teacher_boxes,
-        torch.arange(queries[-1], device=student_logits.device).expand(queries),
+        itself,
         teacher_weight=_confidence(teacher_logits, student_logits, heads) if weighting == "confidence" else None,
         class_loss=class_loss,
         **heads.options,
@@ -161,9 +166,14 @@ class SharedQueryDistillationLoss(OptionModule):
         validate_class_loss(class_loss, Heads(student_activation, teacher_activation))
 
     def forward(
-        self, student_logits: Tensor, student_boxes: Tensor, teacher_logits: Tensor, teacher_boxes: Tensor
+        self,
+        student_logits: Tensor,
+        student_boxes: Tensor,
+        teacher_logits: Tensor,
+        teacher_boxes: Tensor,
+        *,
+        query_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See :func:`shared_query_distillation_loss`."""
-        return shared_query_distillation_loss(
-            student_logits, student_boxes, teacher_logits, teacher_boxes, **self.call_options
-        )
+        predictions = student_logits, student_boxes, teacher_logits, teacher_boxes
+        return shared_query_distillation_loss(*predictions, query_mask=query_mask, **self.call_options)

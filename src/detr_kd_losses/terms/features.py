@@ -108,32 +108,19 @@ class FeatureTerm(Term):
             variant=self.variant,
             topk=self.topk,
         )
-        by_number = resolve_normalize(self.variant, self.normalize) == "queries"
-        if teacher.query_mask is not None and by_number:
-            quality = self._by_own_number(quality, teacher.query_mask)
-        queries = teacher.queries
-        if self.variant == "paper" and not by_number:
+        queries, query_mask = teacher.queries, teacher.query_mask
+        if self.variant == "paper" and resolve_normalize(self.variant, self.normalize) != "queries":
             # Only queries with a target have quality: no more than T of M, and nothing here depends on M.
             query = invert_assignment(assignment, step.known_targets.mask.shape[-1])
             queries = gather_partners(queries, query)
-            quality = gather_partners(quality, query).where(query >= 0, 0.0)
+            quality, query_mask = gather_partners(quality, query).where(query >= 0, 0.0), None
         loss = target_aware_feature_loss(
             self.projections(students, teachers, own),
             teachers,
             queries,
             quality,
             padding_mask=mask,
+            query_mask=query_mask,
             **{name: self.call_options[name] for name in RULES},
         )
         return {"feature": loss}
-
-    def _by_own_number(self, quality: Tensor, query_mask: Tensor) -> Tensor:
-        """Quality (L, B, M) whose sum over the queries of an image, divided by M, is divided by their own number."""
-        if self.variant == "official":
-            msg = (
-                "`teacher.query_mask` must be None for variant='official' with normalize='queries', whose least weight "
-                "padding would change (set another `normalize`, or unequal='cut' of the OfflineTeacher), got a tensor"
-            )
-            raise ValueError(msg)
-        number = query_mask.sum(-1, keepdim=True).clamp(min=1)
-        return quality * (quality.shape[-1] / number)

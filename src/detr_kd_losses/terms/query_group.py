@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from detr_kd_losses._options import Rules, one_of
-from detr_kd_losses.heads import DetectionClassLoss, Heads, class_loss_of, nothing
+from detr_kd_losses.heads import DetectionClassLoss, Heads, class_loss_of
 from detr_kd_losses.losses.detection import RULES
 from detr_kd_losses.losses.query_group import teacher_assigned_query_loss
 from detr_kd_losses.stages import StageMap, select_stages, validate_stage_map
@@ -104,22 +103,11 @@ class QueryGroupTerm(Term):
             )
             raise ValueError(msg)
         logits, boxes = step.student.group
-        mask = step.teacher.query_mask
-        if mask is not None:
-            if step.heads.student == "softmax":
-                msg = (
-                    "`teacher.query_mask` must be None for the query group of a softmax student, whose cross-entropy "
-                    "would count padding as queries that see nothing (set unequal='cut' of the OfflineTeacher, or the "
-                    "weight of the term to 0), got a tensor"
-                )
-                raise ValueError(msg)
-            # Certain of nothing, and without a target: no loss and no gradient.
-            is_query = step.of_group(mask[None, ..., None])
-            logits = torch.where(is_query, logits, nothing(logits, step.heads.student))
         # As in the term of logits: a class that the teacher does not know is nothing that its queries could teach.
         logits = step.heads.forget_unknown_classes(logits, step.teacher.logits)
         options = {name: self.call_options[name] for name in RULES}
         if self.class_loss is None:
             options["class_loss"] = class_loss_of(step.heads.student)
         assignment = select_stages(step.of_group(step.teacher_assignment), len(logits), stage_map=self.stage_map)
-        return teacher_assigned_query_loss(logits, boxes, *step.known_targets, assignment, **options)
+        group = logits, boxes, *step.known_targets, assignment
+        return teacher_assigned_query_loss(*group, query_mask=step.group_mask(), **options)

@@ -91,16 +91,14 @@ class SharedQueryTerm(Term):
         if group is None:
             msg = "`student.group` must be given where `teacher.group` is, got None"
             raise ValueError(msg)
-        if shared is None and step.teacher.query_mask is not None and self.weighting == "uniform":
-            msg = (
-                "`teacher.query_mask` must be None for shared queries with weighting='uniform', in which padding would "
-                "count (set weighting='confidence', or unequal='cut' of the OfflineTeacher), got a tensor"
-            )
-            raise ValueError(msg)
+        mask = None
         if shared is None:
+            mask = step.group_mask()
             shared = Predictions(*map(step.of_group, (step.teacher.logits, step.teacher.boxes)))
         queries = shared.logits.shape[1:3]
         validate_same_shape("student.group", group.logits.shape[1:3], "the teacher's queries", queries, "(B, K)")
         logits, boxes = (select_stages(tensor, len(group.logits), stage_map=self.stage_map) for tensor in shared)
         options = {name: self.call_options[name] for name in _LOSS_RULES}
-        return shared_query_distillation_loss(group.logits, group.boxes, logits, boxes, **step.heads.options, **options)
+        return shared_query_distillation_loss(
+            group.logits, group.boxes, logits, boxes, query_mask=mask, **step.heads.options, **options
+        )

@@ -42,8 +42,8 @@ def check_hungarian_distillation_loss(
 
     Args:
         loss: What takes this call, `signatures.DISTILLATION`:
-            (student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C),
-            teacher_boxes (L, B, M, 4), assignment (L, B, N), *, teacher_positive (L, B, M)) -> a dict of
+            ``(student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C),
+            teacher_boxes (L, B, M, 4), assignment (L, B, N), *, teacher_positive (L, B, M))`` -> a dict of
             scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
@@ -67,9 +67,9 @@ def check_weighted_distillation_loss(
 
     Args:
         loss: What takes this call, `signatures.WEIGHTED_DISTILLATION`:
-            (student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C),
+            ``(student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C),
             teacher_boxes (L, B, M, 4), assignment (L, B, N), *, teacher_positive (L, B, M),
-            teacher_weight (L, B, M)) -> a dict of scalars by name, or a scalar
+            teacher_weight (L, B, M))`` -> a dict of scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -92,8 +92,8 @@ def check_shared_query_distillation_loss(
 
     Args:
         loss: What takes this call, `signatures.SHARED_QUERIES`:
-            (student_logits (L, B, K, C), student_boxes (L, B, K, 4), teacher_logits (L, B, K, C),
-            teacher_boxes (L, B, K, 4)) -> a dict of scalars by name, or a scalar
+            ``(student_logits (L, B, K, C), student_boxes (L, B, K, 4), teacher_logits (L, B, K, C),
+            teacher_boxes (L, B, K, 4))`` -> a dict of scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -114,8 +114,8 @@ def check_detection_loss(loss: Function, *, skip: Collection[str] = (), max_exam
 
     Args:
         loss: What takes this call, `signatures.DETECTION`:
-            (logits (L, B, N, C), boxes (L, B, N, 4), target_labels (B, T), target_boxes (B, T, 4),
-            target_mask (B, T), assignment (L, B, N)) -> a dict of scalars by name, or a scalar
+            ``(logits (L, B, N, C), boxes (L, B, N, 4), target_labels (B, T), target_boxes (B, T, 4),
+            target_mask (B, T), assignment (L, B, N))`` -> a dict of scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -138,8 +138,8 @@ def check_target_aware_feature_loss(
 
     Args:
         loss: What takes this call, `signatures.FEATURES`:
-            (student_features (B, D, H, W), teacher_features (B, D, H, W), teacher_queries (L, B, M, D),
-            quality (L, B, M), *, padding_mask (B, H, W)) -> a dict of scalars by name, or a scalar
+            ``(student_features (B, D, H, W), teacher_features (B, D, H, W), teacher_queries (L, B, M, D),
+            quality (L, B, M), *, padding_mask (B, H, W))`` -> a dict of scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -162,8 +162,8 @@ def check_feature_distillation_loss(
 
     Args:
         loss: What takes this call, `signatures.PLAIN_FEATURES`:
-            (student_features (B, D, H, W), teacher_features (B, D, H, W), *, weight (B, H, W),
-            padding_mask (B, H, W)) -> a dict of scalars by name, or a scalar
+            ``(student_features (B, D, H, W), teacher_features (B, D, H, W), *, weight (B, H, W),
+            padding_mask (B, H, W))`` -> a dict of scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -184,9 +184,9 @@ def check_box_distribution_loss(loss: Function, *, skip: Collection[str] = (), m
 
     Args:
         loss: What takes this call, `signatures.BOX_DISTRIBUTIONS`:
-            (student_distributions (L, B, N, E), student_references (L, B, N, 4), teacher_distributions (L, B, M, E),
-            teacher_references (L, B, M, 4), assignment (L, B, N), *, teacher_weight (L, B, M)) -> a dict of scalars by
-            name, or a scalar
+            ``(student_distributions (L, B, N, E), student_references (L, B, N, 4), teacher_distributions (L, B, M, E),
+            teacher_references (L, B, M, 4), assignment (L, B, N), *, teacher_weight (L, B, M))`` -> a dict of scalars
+            by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -212,8 +212,8 @@ def check_mask_distillation_loss(
 
     Args:
         loss: What takes this call, `signatures.MASKS`:
-            (student_masks (L, B, N, H, W), teacher_masks (L, B, M, H, W), assignment (L, B, N), *,
-            boxes (L, B, M, 4), teacher_weight (L, B, M)) -> a dict of scalars by name, or a scalar
+            ``(student_masks (L, B, N, H, W), teacher_masks (L, B, M, H, W), assignment (L, B, N), *,
+            boxes (L, B, M, 4), teacher_weight (L, B, M))`` -> a dict of scalars by name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -236,7 +236,7 @@ def check_distillation_criterion(
 
     Args:
         criterion: What takes this call, `signatures.CRITERION`:
-            (student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> a dict of scalars by
+            ``(student: DetectorOutput, teacher: DetectorOutput, targets: Targets)`` -> a dict of scalars by
             name, or a scalar
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
@@ -260,7 +260,7 @@ def check_linear_sum_assignment(
 
     Args:
         solver: What takes this call, `signatures.COSTS`:
-            (cost (B, N, T), *, row_mask (B, N), column_mask (B, T)) -> column of each row (B, N) int64, -1
+            ``(cost (B, N, T), *, row_mask (B, N), column_mask (B, T))`` -> column of each row (B, N) int64, -1
             = none
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
@@ -282,8 +282,8 @@ def check_match_targets(match: Function, *, skip: Collection[str] = (), max_exam
 
     Args:
         match: What takes this call, `signatures.TARGET_MATCHING`:
-            (logits (L, B, N, C), boxes (L, B, N, 4), target_labels (B, T), target_boxes (B, T, 4),
-            target_mask (B, T)) -> partner of each query (L, B, N) int64, -1 = none
+            ``(logits (L, B, N, C), boxes (L, B, N, 4), target_labels (B, T), target_boxes (B, T, 4),
+            target_mask (B, T))`` -> partner of each query (L, B, N) int64, -1 = none
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.
 
@@ -304,8 +304,8 @@ def check_match_teacher(match: Function, *, skip: Collection[str] = (), max_exam
 
     Args:
         match: What takes this call, `signatures.TEACHER_MATCHING`:
-            (student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C),
-            teacher_boxes (L, B, M, 4), *, teacher_positive (L, B, M)) -> partner of each query (L, B, N)
+            ``(student_logits (L, B, N, C), student_boxes (L, B, N, 4), teacher_logits (L, B, M, C),
+            teacher_boxes (L, B, M, 4), *, teacher_positive (L, B, M))`` -> partner of each query (L, B, N)
             int64, -1 = none
         skip: Names of laws that are not meant to hold.
         max_examples: Number of arguments for each law; None: as the profile of Hypothesis says.

@@ -48,21 +48,29 @@ MUTANTS = [
         ("plain cells of each replica", "counts, sync=sync_normalizer", "counts, sync=False", plain("replicas")),
     ),
     *faults(
-        plain_features._compare_cells,
+        plain_features._compare,
         ("padding cells count in plain features", "valid.sum()", "torch.ones_like(valid).sum()", plain("cell_padding")),
-        ("cells without weight", "distances * _blanked(weight, valid)", "distances", plain_value("mse")),
         (
             "the teacher of plain features keeps its graph",
             "level.teacher.detach()",
             "level.teacher",
             plain("teacher_detached"),
         ),
-        ("a whole of the squares", "(2 * max(", "(1 * max(", plain_value("pearson")),
+        ("a whole of the squares", "(2 * channels)", "channels", plain_value("pearson")),
+        ("a sum over channels", "dim=outer) / channels", "dim=outer)", plain_value("mse")),
     ),
     *faults(
-        plain_features._mean_square,
-        ("a sum over channels", "max(student.shape[1], 1)", "1", plain_value("mse")),
-        ("padding has a difference", "_blanked(student - teacher, part)", "(student - teacher)", plain("cell_padding")),
+        plain_features._weighted,
+        ("cells without weight", "distances if weight is None else", "distances if True else", plain_value("mse")),
+    ),
+    *faults(
+        plain_features._squared,
+        (
+            "padding has a difference",
+            "_blanked(student.to(dtype) - teacher.to(dtype), part)",
+            "(student.to(dtype) - teacher.to(dtype))",
+            plain("cell_padding"),
+        ),
     ),
     *faults(
         plain_features._direction,
@@ -75,23 +83,21 @@ MUTANTS = [
         ("lengths matter", "_inverse_root(square, square > 0)", "1", plain_value("cosine")),
     ),
     *faults(
-        plain_features._standardise,
+        plain_features._moments,
         ("no variance divides", "variance > least", "variance > -1", plain("flat_features", distance="pearson")),
         (
-            "variances of each replica",
-            "keepdim=True), sync=sync) / number\n    # Below",
-            "keepdim=True), sync=False) / number\n    # Below",
+            "moments of each replica",
+            "sync=sync) / number",
+            "sync=False) / number",
             plain("replicas", distance="pearson"),
-        ),
-        (
-            "padding has a mean",
-            "_blanked(features, valid).sum",
-            "features.sum",
-            plain("cell_padding", distance="pearson"),
         ),
     ),
     *faults(
-        plain_features._compare_channels,
+        plain_features._sum,
+        ("padding has a mean", "_blanked(features, valid)", "features", plain("cell_padding", distance="pearson")),
+    ),
+    *faults(
+        plain_features._divergence,
         ("the student teaches", "log_p.exp()", "log_q.exp()", plain_value("channel", "weight")),
         (
             "temperature of channels unsquared",

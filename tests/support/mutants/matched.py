@@ -47,7 +47,7 @@ def other_size(max_examples):
 MUTANTS = [
     *faults(
         dkl.mask_distillation_loss,
-        ("masks without T squared", "divergence * temperature**2", "divergence", mask_value),
+        ("masks without T squared", "teachers) * temperature**2", "teachers)", mask_value),
         ("weights of masks forgotten", "assignment >= 0, weight,", "assignment >= 0, None,", mask_value),
         ("masks of each replica", "weight, sync=sync_normalizer)", "weight, sync=False)", mask_law("replicas")),
     ),
@@ -71,8 +71,8 @@ MUTANTS = [
         ),
         (
             "weights of box distributions forgotten",
-            "matched, weight,",
-            "matched, None,",
+            "assignment >= 0, weight,",
+            "assignment >= 0, None,",
             distribution_value,
         ),
         (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from detr_kd_losses._blocks import blocks_of_images
+from detr_kd_losses._blocks import recompute_queries
 from detr_kd_losses._options import OptionModule, Rules, boolean, validate_options
 from detr_kd_losses._precision import shared_dtype
 from detr_kd_losses._validation import (
@@ -105,46 +107,39 @@ def box_distribution_loss(
         dtype,
     )
     assignment, weight = weigh_pairs(assignment, teacher_weight, dtype)
-    matched = assignment >= 0
-    log_q = _log_shares(student_distributions, matched, student_grid, temperature)
-    tensors = log_q.detach(), student_references, teacher_distributions, teacher_references, assignment
-    # A few images at a time: what the teacher's side takes on the way is several times what stays of it.
-    with torch.no_grad():
-        parts = [
-            _against_partners(*block, student_grid=student_grid, teacher_grid=teacher_grid, temperature=temperature)
-            for block in blocks_of_images(*tensors, stages=assignment.ndim > 2)
-        ]
-        targets, divergences = zip(*parts, strict=True)
-        target = torch.cat(targets).reshape(*matched.shape, -1 if log_q.numel() else 0)
-        divergence = torch.cat(divergences).reshape(matched.shape)
-    # The gradient is that of the cross-entropy, of which there is no tensor bin by bin.
-    finite = log_q.clamp(min=torch.finfo(dtype).min).reshape(target.shape)
-    cross_entropy = -(target.unsqueeze(-2) @ finite.unsqueeze(-1)).flatten(-3)
-    divergence = divergence + (cross_entropy - cross_entropy.detach())
-    return mean_over_pairs(divergence * (temperature**2 / 4), matched, weight, sync=sync_normalizer)
+    compare = partial(_compare, student_grid=student_grid, teacher_grid=teacher_grid, temperature=temperature)
+    students = student_distributions, student_references.detach()
+    teachers = teacher_distributions.detach(), teacher_references.detach()
+    divergence = recompute_queries(compare, assignment, students, teachers) * (temperature**2 / 4)
+    return mean_over_pairs(divergence, assignment >= 0, weight, sync=sync_normalizer)
 
 
-def _against_partners(
-    log_q: Tensor,
+def _compare(
+    assignment: Tensor,
+    student_distributions: Tensor,
     student_references: Tensor,
     teacher_distributions: Tensor,
     teacher_references: Tensor,
-    assignment: Tensor,
     *,
     student_grid: Grid,
     teacher_grid: Grid,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """What each query's partner says in the bins of the student (..., N, 4, R + 1), and its divergence (..., N)."""
+) -> Tensor:
+    """The divergence of each student query (..., N) from its partner, edges added."""
     matched = assignment >= 0
-    distributions = gather_partners(teacher_distributions, assignment)
-    shares = _log_shares(distributions, matched, teacher_grid, temperature).exp_()
-    teacher, student = (
-        references.where(matched.unsqueeze(-1), 0.0).to(shares.dtype)
-        for references in (gather_partners(teacher_references, assignment), student_references)
-    )
-    target = rebin(shares, teacher, student, teacher_grid, student_grid)
-    return target, _divergence(target, log_q)
+    with torch.no_grad():
+        distributions = gather_partners(teacher_distributions, assignment)
+        shares = _log_shares(distributions, matched, teacher_grid, temperature).exp_()
+        teacher, student = (
+            references.where(matched.unsqueeze(-1), 0.0).to(shares.dtype)
+            for references in (gather_partners(teacher_references, assignment), student_references)
+        )
+        target = rebin(shares, teacher, student, teacher_grid, student_grid)
+    log_q = _log_shares(student_distributions, matched, student_grid, temperature)
+    # The gradient is that of the cross-entropy, of which there is no tensor bin by bin.
+    finite = log_q.clamp(min=torch.finfo(log_q.dtype).min)
+    cross_entropy = -(target.flatten(-2).unsqueeze(-2) @ finite.flatten(-2).unsqueeze(-1)).flatten(-3)
+    return _divergence(target, log_q.detach()) + (cross_entropy - cross_entropy.detach())
 
 
 def _validate_both(

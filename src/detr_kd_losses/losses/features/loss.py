@@ -18,6 +18,7 @@ from detr_kd_losses.losses.features.mask import (
     resolve_normalize,
     validate_queries,
     weight_maps,
+    without_padding,
 )
 from detr_kd_losses.losses.features.projection import FeatureProjection, Levels
 from detr_kd_losses.losses.features.quality import VARIANTS, Variant
@@ -42,6 +43,7 @@ def target_aware_feature_loss(
     normalize: Normalize | None = None,
     relative: bool = False,
     padding_mask: Levels | None = None,
+    query_mask: Tensor | None = None,
     sync_normalizer: bool = True,
 ) -> Tensor:
     r"""Distil features where the good queries of the teacher look.
@@ -74,6 +76,7 @@ def target_aware_feature_loss(
         relative: Whether the error is divided by what it is for features of 0, instead of by the number of cells and
             channels. 0 where the teacher has no features of weight.
         padding_mask: (B, H, W) bool, True = a valid cell, or one per level. None: all valid.
+        query_mask: (B, M) bool, True = a query, False = padding, which has no part. None: all are queries.
         sync_normalizer: Whether what the error is divided by is averaged over replicas when torch.distributed is
             initialised and gradients are enabled.
 
@@ -98,13 +101,15 @@ def target_aware_feature_loss(
     levels = pair_levels(student_features, teacher_features, padding_mask=padding_mask)
     for level in levels:
         validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", level.teacher)
+    said = teacher_queries.detach(), quality.detach()
+    queries, quality, number = without_padding("teacher_queries", *said, query_mask)
     # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
-    summary = summarize_queries(teacher_queries.detach(), quality.detach(), variant, add_stages=normalize == "queries")
+    summary = summarize_queries(queries, quality, variant, add_stages=normalize == "queries")
     errors, divisors = [], []
     for student, teacher, _, valid in levels:
         seen = compare(student, teacher, valid, summary)
         cells = None if valid is None else valid.flatten(1)
-        weight = _loss_weight(seen, teacher_queries.shape[-2], cells, variant=variant, normalize=normalize)
+        weight = _loss_weight(seen, number, cells, variant=variant, normalize=normalize)
         errors.append((seen.distance * weight).sum())
         divisors.append(_error_of_nothing(seen, weight, cells) if relative else _number(weight, cells))
     floors = [0.0 if relative else 1.0] * len(levels)
@@ -114,7 +119,7 @@ def target_aware_feature_loss(
         return torch.stack(ratios).mean()
     channels = [max(level.student.shape[1], 1) for level in levels]
     each = zip(errors, means, channels, strict=True)
-    return torch.stack([error / (count * number) for error, count, number in each]).sum()
+    return torch.stack([error / (count * width) for error, count, width in each]).sum()
 
 
 def _number(weight: Tensor, valid: Tensor | None) -> Tensor:
@@ -129,7 +134,7 @@ def _error_of_nothing(seen: Comparison, weight: Tensor, valid: Tensor | None) ->
 
 @torch.no_grad()
 def _loss_weight(
-    seen: Comparison, num_queries: int, valid: Tensor | None, *, variant: Variant, normalize: Normalize
+    seen: Comparison, num_queries: int | Tensor, valid: Tensor | None, *, variant: Variant, normalize: Normalize
 ) -> Tensor:
     """Weight (B, H*W) of the squared distance in each cell of a level, stages added."""
     inverse_length = seen.square.clamp(min=torch.finfo(seen.square.dtype).tiny).rsqrt()
@@ -180,9 +185,16 @@ class TargetAwareFeatureLoss(OptionModule):
         quality: Tensor,
         *,
         padding_mask: Levels | None = None,
+        query_mask: Tensor | None = None,
     ) -> Tensor:
         """See :func:`target_aware_feature_loss`; the student's channels and size may differ."""
         students = self.projections(student_features, teacher_features, padding_mask)
         return target_aware_feature_loss(
-            students, teacher_features, teacher_queries, quality, padding_mask=padding_mask, **self.call_options
+            students,
+            teacher_features,
+            teacher_queries,
+            quality,
+            padding_mask=padding_mask,
+            query_mask=query_mask,
+            **self.call_options,
         )

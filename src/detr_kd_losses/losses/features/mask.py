@@ -17,6 +17,7 @@ from detr_kd_losses._validation import (
 )
 from detr_kd_losses.losses.features._similarity import similarities, summarize_queries
 from detr_kd_losses.losses.features.quality import VARIANTS, Variant
+from detr_kd_losses.pairs import validated_mask
 
 __all__ = ["Normalize", "target_aware_mask"]
 
@@ -36,6 +37,7 @@ def target_aware_mask(
     variant: Variant = "paper",
     normalize: Normalize | None = None,
     padding_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
 ) -> Tensor:
     r"""Where the good queries of the teacher look: a weight for each location of a feature map.
 
@@ -51,6 +53,7 @@ def target_aware_mask(
         normalize: What the map is divided by: ``"queries"``, their number M; ``"max"`` or ``"mean"`` of the map over
             the valid cells of the image. None: ``"queries"`` for ``"paper"``, ``"max"`` for ``"official"``.
         padding_mask: (B, H, W) bool, True = a valid cell; the mask is 0 elsewhere. None: all valid.
+        query_mask: (B, M) bool, True = a query, False = padding, which has no part. None: all are queries.
 
     Returns:
         (..., B, H, W). Has no gradient.
@@ -72,11 +75,12 @@ def target_aware_mask(
     validate_features("features", features)
     validate_queries("queries", queries, quality, "features", features)
     validate_padding_mask(padding_mask, "features", features)
+    queries, quality, number = without_padding("queries", queries, quality, query_mask)
     tiny = torch.finfo(torch.float32).tiny
     weight = weight_maps(
         similarities(features, summarize_queries(queries, quality, variant)),
         1 / torch.linalg.vector_norm(full_precision(features).flatten(2), dim=1).clamp(min=tiny),
-        queries.shape[-2],
+        number,
         None if padding_mask is None else padding_mask.flatten(1),
         variant=variant,
         normalize=normalize,
@@ -87,7 +91,7 @@ def target_aware_mask(
 def weight_maps(
     similarity: Tensor,
     inverse_length: Tensor,
-    num_queries: int,
+    num_queries: int | Tensor,
     valid: Tensor | None,
     *,
     variant: Variant,
@@ -98,7 +102,7 @@ def weight_maps(
     Args:
         similarity: (L, B, H*W), see :func:`similarities`.
         inverse_length: (B, H*W), 1 / length of the features; any finite number where they are 0.
-        num_queries: M.
+        num_queries: M, or that of each image (B, 1).
         valid: (B, H*W) bool, or None.
         variant: ``"paper"`` or ``"official"`` (:func:`target_aware_mask`).
         normalize: What the map is divided by (:func:`target_aware_mask`).
@@ -110,10 +114,12 @@ def weight_maps(
     return weight.div_(_normalizer(weight, valid, normalize, num_queries))
 
 
-def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_queries: int) -> Tensor | float:
+def _normalizer(
+    weight: Tensor, valid: Tensor | None, normalize: Normalize, num_queries: int | Tensor
+) -> Tensor | float:
     """What a weight map (..., B, cells) is divided by; never 0."""
     if normalize == "queries":
-        return max(num_queries, 1)
+        return num_queries.clamp(min=1) if isinstance(num_queries, Tensor) else max(num_queries, 1)
     tiny = torch.finfo(weight.dtype).tiny
     if weight.shape[-1] == 0:
         return 1.0
@@ -121,6 +127,17 @@ def _normalizer(weight: Tensor, valid: Tensor | None, normalize: Normalize, num_
         return weight.amax(-1, keepdim=True).clamp(min=tiny)
     cells = weight.shape[-1] if valid is None else valid.sum(-1, keepdim=True).clamp(min=1)
     return (weight.sum(-1, keepdim=True) / cells).clamp(min=tiny)
+
+
+def without_padding(
+    name: str, queries: Tensor, quality: Tensor, query_mask: Tensor | None
+) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Queries (..., B, M, D) and quality (..., B, M) with zeros in the padding, and the number of queries."""
+    if query_mask is None:
+        return queries, quality, queries.shape[-2]
+    mask = validated_mask("query_mask", query_mask, name, queries)
+    number = query_mask.sum(-1, keepdim=True)
+    return queries.where(mask.unsqueeze(-1), 0.0), quality.where(mask, 0.0), number
 
 
 def validate_features(name: str, features: Tensor) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from detr_kd_losses._blocks import recompute_features
 from detr_kd_losses._options import OptionModule, Rules, boolean, one_of, validate_options
-from detr_kd_losses._precision import full_precision, shared_precision
+from detr_kd_losses._precision import shared_dtype
 from detr_kd_losses._reduction import replica_means, replica_sum
 from detr_kd_losses._validation import validate_positive
 from detr_kd_losses.losses.features.levels import Level, pair_levels
@@ -93,49 +95,68 @@ def feature_distillation_loss(
         msg = "`weight` must be None for the distance 'channel', whose softmax weighs cells, got weights"
         raise ValueError(msg)
     levels = pair_levels(student_features, teacher_features, weight=weight, padding_mask=padding_mask)
-    if distance == "channel":
-        sums = [_compare_channels(level, temperature) for level in levels]
-    else:
-        sums = [_compare_cells(level, distance, sync=sync_normalizer) for level in levels]
+    sums = [_compare(level, distance, temperature, sync=sync_normalizer) for level in levels]
     totals, counts = zip(*sums, strict=True)
     means = zip(totals, replica_means(*counts, sync=sync_normalizer), strict=True)
     return torch.stack([total / count for total, count in means]).sum()
 
 
-def _compare_cells(level: Level, distance: str, *, sync: bool) -> tuple[Tensor, Tensor]:
-    """Weighted sum over the valid cells of a level of a distance at each of them, and their number."""
-    student, teacher = shared_precision(level.student, level.teacher.detach())
-    valid = None if level.valid is None else level.valid.unsqueeze(1)
-    count = student.new_tensor(student[:, :1].numel()) if valid is None else valid.sum().to(student.dtype)
-    weight = None if level.weight is None else level.weight.detach().to(student.dtype).unsqueeze(1)
+def _compare(level: Level, distance: str, temperature: float, *, sync: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the distances of a level, a mean over channels, and the number of what is added."""
+    student, teacher = level.student.flatten(2), level.teacher.detach().flatten(2)
+    valid, weight = (None if cells is None else cells.flatten(1).unsqueeze(1) for cells in (level.valid, level.weight))
+    dtype, channels = shared_dtype(student, teacher), max(student.shape[1], 1)
+    if distance == "channel":
+        function = partial(_divergence, dtype=dtype, temperature=temperature)
+        divergence = _added(function, student, teacher, valid, dim=1) / channels
+        return divergence, divergence.new_tensor(len(student))
+    count = student.new_tensor(student[:, :1].numel(), dtype=dtype) if valid is None else valid.sum().to(dtype)
+    weight = None if weight is None else _blanked(weight.detach().to(dtype), valid)
+    # Cut along what is outer in memory.
+    outer = 2 if student.stride(1) < student.stride(2) else 1
     if distance == "pearson":
-        difference = _standardise(student, valid, count, sync=sync) - _standardise(teacher, valid, count, sync=sync)
-        distances = difference.square().sum(1, keepdim=True) / (2 * max(student.shape[1], 1))
-    else:
-        # A cell without weight has no part, as one that is not valid; to the statistics above it belongs.
-        part = valid if weight is None else (weight != 0 if valid is None else valid & (weight != 0))
-        compare = _mean_square if distance == "mse" else _angle
-        distances = compare(student, teacher, part)
-    if weight is not None:
-        distances = distances * _blanked(weight, valid)
-    return distances.sum(), count
+        number = replica_sum(count, sync=sync).clamp(min=1)
+        moments = [_moments(features, valid, number, outer, sync=sync) for features in (student, teacher)]
+        total = _added(_standardised, student, teacher, valid, weight, *moments[0], *moments[1], dim=outer)
+        return total / (2 * channels), count
+    # A cell without weight has no part, as one that is not valid; to the statistics above it belongs.
+    part = valid if weight is None else weight != 0
+    if distance == "mse":
+        return _added(partial(_squared, dtype=dtype), student, teacher, part, weight, dim=outer) / channels, count
+    return _added(partial(_angle, dtype=dtype), student, teacher, part, weight, dim=2), count
+
+
+def _added(function: Callable[..., Tensor], features: Tensor, *others: Tensor | None, dim: int) -> Tensor:
+    """The sum of what `function` says of the parts of features (B, D, cells) along `dim`."""
+    return torch.stack(recompute_features(function, features, *others, dim=dim)).sum(0)
 
 
 def _blanked(values: Tensor, part: Tensor | None) -> Tensor:
     return values if part is None else values.where(part, 0.0)
 
 
-def _mean_square(student: Tensor, teacher: Tensor, part: Tensor | None) -> Tensor:
-    """Mean over channels of the squared difference -> (B, 1, H, W)."""
-    return _blanked(student - teacher, part).square().sum(1, keepdim=True) / max(student.shape[1], 1)
+def _weighted(distances: Tensor, weight: Tensor | None) -> Tensor:
+    return (distances if weight is None else distances * weight).sum()
 
 
-def _angle(student: Tensor, teacher: Tensor, part: Tensor | None) -> Tensor:
-    """1 - cosine -> (B, 1, H, W), as half the squared distance of the directions: 0 where they are the same."""
+def _squared(
+    student: Tensor, teacher: Tensor, part: Tensor | None, weight: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """Sum of the squared differences."""
+    difference = _blanked(student.to(dtype) - teacher.to(dtype), part)
+    return _weighted(difference.square().sum(1, keepdim=True), weight)
+
+
+def _angle(
+    student: Tensor, teacher: Tensor, part: Tensor | None, weight: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """Sum of 1 - cosine, as half the squared distance of the directions: 0 where they are the same."""
     # Blanked first: nothing of what has no part may reach a length, and its gradient.
-    (student, long), (teacher, teacher_long) = _direction(_blanked(student, part)), _direction(_blanked(teacher, part))
+    (student, long), (teacher, teacher_long) = (
+        _direction(_blanked(features, part).to(dtype)) for features in (student, teacher)
+    )
     # Where one has no direction, half of the distance of 1 is missing.
-    return ((student - teacher).square().sum(1, keepdim=True) + (long != teacher_long)) / 2
+    return _weighted(((student - teacher).square().sum(1, keepdim=True) + (long != teacher_long)) / 2, weight)
 
 
 def _direction(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,16 +165,42 @@ def _direction(features: Tensor) -> tuple[Tensor, Tensor]:
     return features * _inverse_root(square, square > 0), square > 0
 
 
-def _standardise(features: Tensor, valid: Tensor | None, count: Tensor, *, sync: bool) -> Tensor:
-    """Features of mean 0 and variance 1 over all valid cells in each channel; of variance 0 where there is none."""
-    cells = (0, 2, 3)
-    number = replica_sum(count, sync=sync).clamp(min=1)
-    mean = replica_sum(_blanked(features, valid).sum(cells, keepdim=True), sync=sync) / number
-    centred = _blanked(features - mean, valid)
-    variance = replica_sum(centred.square().sum(cells, keepdim=True), sync=sync) / number
+def _moments(
+    features: Tensor, valid: Tensor | None, number: Tensor, outer: int, *, sync: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean of each channel over the valid cells and 1 / its standard deviation, 0 where it has none, (1, D, 1)."""
+
+    def mean_of(function: Callable[..., Tensor], *others: Tensor | None) -> Tensor:
+        parts = recompute_features(function, features, valid, *others, dim=outer)
+        return replica_sum(torch.cat(parts, 1) if outer == 1 else torch.stack(parts).sum(0), sync=sync) / number
+
+    mean = mean_of(partial(_sum, dtype=number.dtype))
+    variance = mean_of(_squares, mean)
     # Below it is the rounding of a mean.
     least = (8 * torch.finfo(mean.dtype).eps * mean).square()
-    return centred * _inverse_root(variance, variance > least)
+    return mean, _inverse_root(variance, variance > least)
+
+
+def _sum(features: Tensor, valid: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    return _blanked(features, valid).to(dtype).sum((0, 2), keepdim=True)
+
+
+def _squares(features: Tensor, valid: Tensor | None, mean: Tensor) -> Tensor:
+    return _centred(features, valid, mean).square().sum((0, 2), keepdim=True)
+
+
+def _centred(features: Tensor, valid: Tensor | None, mean: Tensor) -> Tensor:
+    return _blanked(features.to(mean.dtype) - mean, valid)
+
+
+def _standardised(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, weight: Tensor | None, *moments: Tensor
+) -> Tensor:
+    """Sum of the squared differences of the features, standardised by mean and 1 / deviation of both."""
+    mean, inverse, teacher_mean, teacher_inverse = moments
+    own = _centred(student, valid, mean) * inverse
+    difference = own - _centred(teacher, valid, teacher_mean) * teacher_inverse
+    return _weighted(difference.square().sum(1, keepdim=True), weight)
 
 
 def _inverse_root(square: Tensor, where: Tensor) -> Tensor:
@@ -161,19 +208,17 @@ def _inverse_root(square: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, torch.where(where, square, 1.0).rsqrt(), 0.0)
 
 
-def _compare_channels(level: Level, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sum over images of the divergence of where a channel is strong, a mean over channels, and their number."""
-    valid = None if level.valid is None else level.valid.flatten(1).unsqueeze(1)
-    log_q, log_p = shared_precision(
-        *(_log_share(features, temperature, valid) for features in (level.student, level.teacher.detach()))
-    )
-    divergence = _blanked(log_p.exp() * (log_p - log_q), valid).sum() * temperature**2
-    return divergence / max(log_q.shape[1], 1), log_q.new_tensor(len(log_q))
+def _divergence(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, *, dtype: torch.dtype, temperature: float
+) -> Tensor:
+    """Sum over images and channels of the divergence of where a channel is strong."""
+    log_q, log_p = (_log_share(features.to(dtype), temperature, valid) for features in (student, teacher))
+    return _blanked(log_p.exp() * (log_p - log_q), valid).sum() * temperature**2
 
 
 def _log_share(features: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
-    """Log-softmax over the valid cells of (B, D, H, W) -> (B, D, H*W); without a valid cell any finite number."""
-    features = full_precision(features).flatten(2) / temperature
+    """Log-softmax over the valid cells of (B, D, cells); without a valid cell any finite number."""
+    features = features / temperature
     lowest = torch.finfo(features.dtype).min
     return (features if valid is None else features.where(valid, lowest)).log_softmax(-1)
 

@@ -1,0 +1,48 @@
+"""Every public name with its signature and defaults: what a user's code may rest on.
+
+PYTHONPATH=src:tests python -m support.public_api > tests/project/public_api.txt   # after a change that is meant
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+
+MODULES = (
+    "detr_kd_losses",
+    "detr_kd_losses.assignment",
+    "detr_kd_losses.losses.features",
+    "detr_kd_losses.plotting",
+    "detr_kd_losses.testing",
+)
+
+
+def listing(module: str) -> list[str]:
+    """One line for each name of a module, and for each public method of a class."""
+    return list(_lines(importlib.import_module(module)))
+
+
+def _lines(module: ModuleType) -> Iterator[str]:
+    for name in sorted(module.__all__):
+        value = getattr(module, name)
+        yield f"{name}{_signature(value)}"
+        if inspect.isclass(value):
+            for method in sorted(vars(value)):
+                if not method.startswith("_") and callable(getattr(value, method)):
+                    yield f"{name}.{method}{_signature(getattr(value, method))}"
+
+
+def _signature(value: object) -> str:
+    if not callable(value) or (inspect.isclass(value) and issubclass(value, enum.Enum)):
+        return f": {type(value).__name__}"
+    parameters = inspect.signature(value).parameters.values()
+    # Annotations are mypy's to hold; their text differs between Pythons.
+    bare = [one.replace(annotation=one.empty) for one in parameters]
+    return str(inspect.Signature(bare))
+
+
+if __name__ == "__main__":
+    print("\n\n".join("\n".join([f"# {module}", *listing(module)]) for module in MODULES))  # noqa: T201
