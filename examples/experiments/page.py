@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments.comparison import (
     ALONE,
@@ -45,7 +46,7 @@ class Evidence:
 
     def __init__(self, results: Path = RESULTS) -> None:
         self._rows = read_rows(WORLDS, results)
-        cost = json.loads((results / "cost.json").read_text()) if (results / "cost.json").exists() else {}
+        cost, self._directions = (read_json(results / name) for name in ("cost.json", "directions.json"))
         self._relative_time: dict[str, float] = cost.get("relative", {})
         self._seconds: float = cost.get("seconds per step alone", 0.0)
 
@@ -66,6 +67,16 @@ class Evidence:
                 cosines = ", ".join(f"{each.cosine:.2f}" for each in found)
                 lines.append((run.setting, term.replace("_", " "), shares, cosines))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) if len(lines) > 2 else NO_ROWS
+
+    def directions(self) -> str:
+        """Where the parts of the distillation pull a student that is trained alone."""
+        lines = ["| steps | part | length | detection loss | its classes | its boxes |", "|---|---|---|---|---|---|"]
+        for steps, parts in self._directions.items():
+            for name, (length, *cosines) in parts.items():
+                lines.append(
+                    f"| {steps} | {name} | {length:.2f} | {' | '.join(f'{cosine:.2f}' for cosine in cosines)} |"
+                )
+        return "\n".join(lines) if self._directions else NO_ROWS
 
     def verdicts(self, name: str, reference: str = ALONE) -> str:
         """Which settings are above and below the one that they are compared with."""
@@ -151,6 +162,11 @@ class Evidence:
         lengths = sorted({run.steps for run in self._rows if (run.world, run.setting) == ("shapes", setting)})
         found = [(steps, self._sample(Run("shapes", setting, steps, 0), "test_ap")) for steps in lengths]
         return [(steps, own.mean, own.two_errors if own.count > 1 else 0.0) for steps, own in found]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file holds, or nothing."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def spread(numbers: Sample) -> str:

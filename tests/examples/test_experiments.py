@@ -19,7 +19,21 @@ import detr_kd_losses as dkl
 pytest.importorskip("matplotlib", reason="the toy detector's modules draw with matplotlib")
 
 
-from experiments import check, comparison, crowds, digits, page, plot, probes, rows, run, tables, training, worlds
+from experiments import (
+    check,
+    comparison,
+    crowds,
+    digits,
+    directions,
+    page,
+    plot,
+    probes,
+    rows,
+    run,
+    tables,
+    training,
+    worlds,
+)
 from experiments.settings import SETTINGS
 
 import model  # isort: skip
@@ -344,6 +358,20 @@ def test_the_teacher_is_trained_again_when_its_recipe_changes(
     recipe = worlds.Recipe(training.STUDENT, steps=2)
     monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(teachers={"teacher": recipe}))
     assert not training.has_teacher("demo", "teacher", small_world)
+
+
+def test_true_boxes_pull_where_the_boxes_of_the_detection_loss_do(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directions, "BATCHES", 2)
+    monkeypatch.setattr(directions, "BATCH", 8)
+    torch.manual_seed(0)
+    student = training.detector("demo", SMALL)
+    teacher = training.ready_teacher("demo", "teacher", small_world)
+    found = directions.directions(student, teacher, worlds.training_images("demo"))
+    assert set(found) == set(directions.ASKED)
+    assert all(length > 0 for length, *_ in found.values())
+    assert found["true boxes"][3] > 0.9 > found["boxes, through targets"][3]  # this teacher knows nothing
 
 
 # --------------------------------------------------------------------------------------------------------- comparison
