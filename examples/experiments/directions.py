@@ -63,16 +63,30 @@ def directions(student: TinyDETR, teacher: Teacher, images: ShapeImages) -> dict
         for name, parts in ASKED.items()
     }
     measured: dict[str, list[Tensor]] = {}
+    before = detection_gradients(student, images.select(torch.arange(BATCH) + len(images) - BATCH))[0]
     for indices in torch.arange(BATCHES * BATCH).split(BATCH):
         batch = images.select(indices)
         output = student(batch.normalised())
-        classes, boxes = detection_parts(output, batch.targets)
-        own = [gradient(loss, student) for loss in (classes + boxes, classes, boxes)]
+        own = detection_gradients(student, batch)
+        pulls = {
+            "detection loss, classes": own[1],
+            "detection loss, boxes": own[2],
+            "detection loss, other images": before,
+        }
         for name, criterion in criteria.items():
-            pulled = gradient(sum(criterion(output, teacher.batch(indices), batch.targets).values()), student)
+            loss = sum(criterion(output, teacher.batch(indices), batch.targets).values())
+            pulls[name] = gradient(loss, student)
+        for name, pulled in pulls.items():
             cosines = [torch.cosine_similarity(pulled, other, dim=0) for other in own]
             measured.setdefault(name, []).append(torch.stack([pulled.norm() / own[0].norm(), *cosines]))
+        before = own[0]
     return {name: [rounded(x) for x in torch.stack(each).mean(0).tolist()] for name, each in measured.items()}
+
+
+def detection_gradients(student: TinyDETR, batch: ShapeImages) -> list[Tensor]:
+    """Return the gradients of the detection loss, of its classes and of its boxes."""
+    classes, boxes = detection_parts(student(batch.normalised()), batch.targets)
+    return [gradient(loss, student) for loss in (classes + boxes, classes, boxes)]
 
 
 def detection_parts(output: dkl.DetectorOutput, targets: dkl.Targets) -> tuple[Tensor, Tensor]:

@@ -369,7 +369,7 @@ def test_true_boxes_pull_where_the_boxes_of_the_detection_loss_do(
     student = training.detector("demo", SMALL)
     teacher = training.ready_teacher("demo", "teacher", small_world)
     found = directions.directions(student, teacher, worlds.training_images("demo"))
-    assert set(found) == set(directions.ASKED)
+    assert set(directions.ASKED) < set(found)
     assert all(length > 0 for length, *_ in found.values())
     assert found["true boxes"][3] > 0.9 > found["boxes, through targets"][3]  # this teacher knows nothing
 
