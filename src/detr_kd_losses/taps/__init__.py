@@ -1,0 +1,24 @@
+"""Read what distillation needs from the detectors that people train: hooks around a forward pass, no change to code.
+
+with torch.no_grad(), Tap(teacher) as teacher_tap:
+teacher(images)
+with Tap(student) as student_tap:
+outputs = student(images, targets)
+losses = criterion(student_tap.output(group=teacher_tap.query_group()), teacher_tap.output(), pad_targets(targets))
+"""
+
+from detr_kd_losses.taps.find import query_channels
+from detr_kd_losses.taps.queries import QueryProjection, random_queries
+from detr_kd_losses.taps.record import Call, Description, Layers, QueryGroup
+from detr_kd_losses.taps.tap import Tap
+
+__all__ = [
+    "Call",
+    "Description",
+    "Layers",
+    "QueryGroup",
+    "QueryProjection",
+    "Tap",
+    "query_channels",
+    "random_queries",
+]
