@@ -39,10 +39,13 @@ class Layer(nn.Module):
     def forward(
         self, target: Tensor, position: Tensor, memory: Tensor, blocked: Tensor | None, padding: Tensor | None = None
     ) -> Tensor:
+        target = self.attend_to_each_other(target, position, blocked)
+        return self.norm2(target + self.cross_attn(target + position, memory, padding))
+
+    def attend_to_each_other(self, target: Tensor, position: Tensor, blocked: Tensor | None) -> Tensor:
         located = target + position
         seen = self.self_attn(located, located, target, attn_mask=blocked, need_weights=False)[0]
-        target = self.norm1(target + seen)
-        return self.norm2(target + self.cross_attn(target + position, memory, padding))
+        return self.norm1(target + seen)
 
 
 def layers(number: int, width: int) -> nn.ModuleList:

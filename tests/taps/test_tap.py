@@ -234,7 +234,7 @@ def test_wrapped_models_are_unwrapped() -> None:
 
 def test_models_without_a_known_decoder() -> None:
     with pytest.raises(
-        ValueError, match=r"arguments are those of one of D-FINE, RT-DETR.*; Linear has none: write a D"
+        ValueError, match=r"arguments are those of one of D-FINE, RT-DETR, RF-DETR.*; Linear has none: write a D"
     ):
         Tap(nn.Linear(2, 2))
     two = nn.ModuleList([lineage.build("v2"), lineage.build("v1")])

@@ -178,7 +178,7 @@ class Tap:
             tap = around.enter_context(Tap(self.model, self.description))
             around.enter_context(torch.autocast(device, dtype, enabled=enabled))
             around.enter_context(set_attribute("training", False, self._grouping(call)))
-            around.enter_context(_answering(call.projections, batch_first=self.description.batch_first))
+            around.enter_context(_answering(call.projections))
             call.decoder(**arguments)
         return self.description.predict(tap._recorded())
 
@@ -282,11 +282,11 @@ def set_attribute(name: str, value: Any, modules: Sequence[nn.Module]) -> Iterat
 
 
 @contextmanager
-def _answering(known: Mapping[nn.Module, Tensor], *, batch_first: bool) -> Iterator[None]:
+def _answering(known: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """Let modules answer what is known. No hook can keep them from running; they run on no cell, at no cost."""
 
     def give_nothing(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
-        return arguments[0][:, :0] if batch_first else arguments[0][:0]
+        return arguments[0][:, :0]
 
     def answer(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         return known[module].to(output.dtype)  # another one where only one of the two calls is under autocast
