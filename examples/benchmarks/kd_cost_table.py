@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import detr_kd_losses as dkl
 from criterion import Case, make_step
-from hf_transformers.adapter import Tap
+from detr_kd_losses.taps import Tap
 
 Image = tuple[int, int]
 # The second is the paper's, as far as ResNet-101 minus ResNet-50 tells: 76.1 in two of its three columns.
@@ -140,7 +140,7 @@ def count_forward(model: nn.Module, image: Image) -> tuple[Tap, dict[str, int]]:
 
 def count_decoder(tap: Tap, queries: int) -> int:
     """Cost of decoder and heads for so many queries, on the image that the model has seen."""
-    group = {name: tensor[:, :1].expand(-1, queries, *tensor.shape[2:]) for name, tensor in tap.query_group().items()}
+    group = tap.query_group().map(lambda part: part[:, :1].expand(-1, queries, *part.shape[2:]))
     return multiply_adds(lambda: tap.replay(group))
 
 

@@ -8,6 +8,7 @@ losses = criterion(student_tap.output(group=teacher_tap.query_group()), teacher_
 """
 
 from detr_kd_losses.taps.find import query_channels
+from detr_kd_losses.taps.loss import distillation_loss, feature_channels
 from detr_kd_losses.taps.queries import QueryProjection, random_queries
 from detr_kd_losses.taps.record import Call, Description, Layers, QueryGroup
 from detr_kd_losses.taps.tap import Tap
@@ -19,6 +20,8 @@ __all__ = [
     "QueryGroup",
     "QueryProjection",
     "Tap",
+    "distillation_loss",
+    "feature_channels",
     "query_channels",
     "random_queries",
 ]

@@ -153,12 +153,21 @@ def query_channels(model: nn.Module, description: Description | None = None) -> 
     Raises:
         ValueError: If none of them says it.
     """
+    width = attribute_around(model, ("hidden_dim", "d_model", "hidden_size"), description)
+    if width is None:
+        name = type(model).__name__
+        msg = f"the width of the queries of {name} must be in `hidden_dim` or `d_model` around its decoder"
+        raise ValueError(msg)
+    return width
+
+
+def attribute_around(model: nn.Module, names: Sequence[str], description: Description | None = None) -> int | None:
+    """Return the first number under one of `names` in a decoder, the modules around it, or their configurations."""
     model = unwrap(model)
     found = find_decoder(model, description)
     around = [found.decoder(model), *found.ancestors(model)]
     for holder in [*around, *(module.config for module in around if hasattr(module, "config"))]:
-        for name in ("hidden_dim", "d_model", "hidden_size"):
+        for name in names:
             if isinstance(getattr(holder, name, None), int):
                 return int(getattr(holder, name))
-    msg = f"the width of the queries of {type(model).__name__} must be in `hidden_dim` or `d_model` around its decoder"
-    raise ValueError(msg)
+    return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_kd_losses.taps.find import query_channels
+from detr_kd_losses.taps.find import find_decoder, query_channels, unwrap
 from detr_kd_losses.taps.heads import inverse_sigmoid
 from detr_kd_losses.taps.record import QUERY_ROLES, Call, QueryGroup
 
@@ -78,7 +78,10 @@ class QueryProjection(nn.Module):
     def __init__(self, student: nn.Module | int, teacher: nn.Module | int) -> None:
         super().__init__()
         widths = [model if isinstance(model, int) else query_channels(model) for model in (student, teacher)]
-        names = ("content", "position") if widths[0] != widths[1] else ()
+        parts = [role for role in QUERY_ROLES if role != "reference"]
+        if isinstance(teacher, nn.Module):
+            parts = [role for role in parts if role in find_decoder(unwrap(teacher)).roles]
+        names = parts if widths[0] != widths[1] else []
         self.maps = nn.ModuleDict({name: nn.Linear(widths[1], widths[0], bias=False) for name in names})
         for linear in self.maps.values():
             nn.init.orthogonal_(linear.weight)  # type: ignore[arg-type]
@@ -88,7 +91,7 @@ class QueryProjection(nn.Module):
         if not self.maps:
             return group
         content, position = (
-            None if part is None else self.maps[name](part)
+            self.maps[name](part) if name in self.maps and part is not None else part
             for name, part in (("content", group.content), ("position", group.position))
         )
         return QueryGroup(content, position, group.reference, group.unit, group.selected)

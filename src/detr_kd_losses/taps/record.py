@@ -51,6 +51,11 @@ class QueryGroup(NamedTuple):
         parts = zip(QUERY_ROLES, (self.content, self.position, self.reference), strict=True)
         return {role: part for role, part in parts if part is not None}
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> QueryGroup:
+        """The group whose parts are what a function makes of these, a slice or a copy for instance."""
+        parts = {role: function(part) for role, part in self.parts.items()}
+        return QueryGroup(**parts, unit=self.unit, selected=self.selected)
+
 
 class Layers(NamedTuple):
     """What a decoder said about all of its queries, layer by layer.
