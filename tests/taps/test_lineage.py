@@ -59,6 +59,15 @@ def test_any_size_of_images(kind: str) -> None:
     assert model.decoder.eval_spatial_size == model.encoder.eval_spatial_size == lineage.EVAL_SIZE
 
 
+@kinds
+def test_frozen_teacher_shows_all_layers(kind: str) -> None:
+    """It puts itself into evaluation mode at each call, as a whole."""
+    teacher = dkl.FrozenTeacher(lineage.build(kind))
+    with Tap(teacher.module) as tap:
+        teacher(images())
+    assert len(tap.output().logits) == lineage.LAYERS
+
+
 @with_dict
 def test_own_queries_alone_in_training(kind: str) -> None:
     """Without denoising queries, and without the encoder's proposals, which v1 puts among its layers."""

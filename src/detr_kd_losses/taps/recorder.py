@@ -30,7 +30,7 @@ class Recorder:
     ) -> None:
         self.decoder, self.ancestors, self.found, self.keep = decoder, ancestors, found, keep
         self.layers = list(dict.fromkeys(decoder.get_submodule("layers").children()))  # some repositories share them
-        self.answers_all_layers = decoder.training or not found.description.training_flag
+        self.was_training = decoder.training
         self._begin()
 
     def _begin(self) -> None:
@@ -47,6 +47,8 @@ class Recorder:
         hooks.append(outer.register_forward_pre_hook(self._record_outer, with_kwargs=True))
         if watch is not None and hasattr(outer, watch):
             hooks.append(outer.get_submodule(watch).register_forward_hook(self._record_watched))
+        if self.found.description.training_flag:
+            hooks.append(self.decoder.register_forward_pre_hook(self._let_all_layers_answer))
         hooks.append(self.decoder.register_forward_hook(self._record_call, with_kwargs=True))
         return hooks
 
@@ -60,6 +62,10 @@ class Recorder:
             for name, module in layer.named_modules()
             if name in names
         ]
+
+    def _let_all_layers_answer(self, *_: Any) -> None:
+        # No sooner: a FrozenTeacher puts all that is in training mode back into evaluation mode when it is called.
+        self.was_training, self.decoder.training = self.decoder.training, True
 
     def _record_state(self, _: nn.Module, __: Any, output: Any) -> None:
         self.states.append(output[0] if isinstance(output, tuple) else output)
@@ -96,7 +102,9 @@ class Recorder:
             )
         )
         self._begin()
-        return None if self.answers_all_layers else _last_alone(self.decoder, output)
+        answers_all = self.was_training or not self.found.description.training_flag
+        self.decoder.training = self.was_training
+        return None if answers_all else _last_alone(self.decoder, output)
 
 
 def _autocast(arguments: Mapping[str, Any]) -> tuple[bool, str, torch.dtype]:

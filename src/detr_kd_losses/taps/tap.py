@@ -85,14 +85,13 @@ class Tap:
 
     def __enter__(self) -> Tap:
         """Hang the hooks on the decoder."""
-        found, description = self.found, self.description
+        found = self.found
         decoder, ancestors = found.decoder(self.model), found.ancestors(self.model)
         _refuse_compiled([decoder, *ancestors])
         recorder = Recorder(decoder, ancestors, found, self._keep)
         for hook in recorder.hooks():
             self._entered.callback(hook.remove)
-        if description.training_flag:
-            self._entered.enter_context(set_attribute("training", True, [decoder]))
+        self._entered.enter_context(set_attribute("training", decoder.training, [decoder]))  # whatever happens
         of_one_size = [module for module in self.model.modules() if getattr(module, "eval_spatial_size", None)]
         self._entered.enter_context(set_attribute("eval_spatial_size", None, of_one_size))
         self._inside = True
