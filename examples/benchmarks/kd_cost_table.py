@@ -184,8 +184,8 @@ def count_adapter(teacher: nn.Module, student: nn.Module, image: Image, share: f
 def with_best_queries(student: dkl.DetectorOutput, teacher: dkl.DetectorOutput, share: float) -> dkl.DetectorOutput:
     """The student with that share of the teacher's queries in its group."""
     index = dkl.best_queries(teacher.logits[-1], share)
-    group = dkl.Predictions(*(said[:, :, : index.shape[1]] for said in student.group))
-    return student._replace(group=group, group_index=index)
+    best = (said[:, :, : index.shape[1]] for said in student.group)
+    return student._replace(group=dkl.Predictions(*best), group_index=index)
 
 
 def count_criterion(terms: Callable[[], list[dkl.Term] | str], case: Case, share: float = 1.0) -> dict[str, int]:
@@ -198,12 +198,9 @@ def count_criterion(terms: Callable[[], list[dkl.Term] | str], case: Case, share
         criterion = dkl.DETRDistillationLoss(terms())
         if not features:
             del criterion.terms["feature"]
-
-        def step() -> None:
-            criterion(student if share == 1 else with_best_queries(student, teacher, share), teacher, targets)
-
+        choose = (lambda: student) if share == 1 else partial(with_best_queries, student, teacher, share)
         with ElementCounter() as elements:
-            products = multiply_adds(step)
+            products = multiply_adds(lambda: criterion(choose(), teacher, targets))
         return products, elements.operations
 
     products, elements = count()

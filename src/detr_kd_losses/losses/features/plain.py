@@ -90,7 +90,7 @@ def feature_distillation_loss(
         NeurIPS 2022, arXiv:2207.02039.
         Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256.
     """
-    validate_options(RULES, distance=distance, temperature=temperature)
+    validate_options(RULES, distance=distance, temperature=temperature, sync_normalizer=sync_normalizer)
     if distance == "channel" and weight is not None:
         msg = "`weight` must be None for the distance 'channel', whose softmax weighs cells, got weights"
         raise ValueError(msg)
