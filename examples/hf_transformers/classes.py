@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
 import detr_kd_losses as dkl
-from hf_transformers.families import family_of
+from detr_kd_losses import taps
+
+
+def distillation_loss(student: nn.Module, teacher: nn.Module, **options: Any) -> dkl.DETRDistillationLoss:
+    """Return a `DETRDistillationLoss` for two models: heads and widths as configured, the other options as given.
+
+    Without `class_map`, the classes of both must be the same, by number and, where the configurations have them, by
+    name; `match_classes` makes a map by names.
+    """
+    check_apart(student, teacher)
+    if options.get("class_map") is None:
+        check_classes(student, teacher)
+    return taps.distillation_loss(student, teacher, **options)
 
 
 def class_names(model: nn.Module) -> list[str] | None:
@@ -58,7 +71,7 @@ def check_classes(student: nn.Module, teacher: nn.Module) -> None:
 def check_heads(distillation: dkl.DETRDistillationLoss, student: nn.Module, teacher: nn.Module) -> None:
     """Raise unless a loss reads the logits of both models by the heads that they have."""
     for side, model in (("student_activation", student), ("teacher_activation", teacher)):
-        given, needed = getattr(distillation, side), family_of(model).activation
+        given, needed = getattr(distillation, side), taps.Tap(model).activation
         if given != needed:
             msg = (
                 f"`distillation` must have {side}={needed!r} for a {type(model).__name__}, got {given!r}; "

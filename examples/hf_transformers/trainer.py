@@ -12,10 +12,10 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
+from detr_kd_losses.taps import QueryProjection, Tap
 from detr_kd_losses.training.teacher import FrozenTeacher
-from hf_transformers.adapter import QueryProjection, Tap, distillation_loss
 from hf_transformers.checkpoints import RestoringTrainer, without_last_group
-from hf_transformers.classes import check_apart, check_classes, check_heads
+from hf_transformers.classes import check_apart, check_classes, check_heads, distillation_loss
 
 DISTILLATION_FILE = "distillation.pt"
 
@@ -58,7 +58,7 @@ class DistillationTrainer(RestoringTrainer):
         self.schedule = schedule
         self.group_share = group_share
         num_levels = None if student_levels is None else len(student_levels)
-        self.distillation = distillation or distillation_loss(self.model, teacher, num_levels=num_levels)
+        self.distillation = distillation or distillation_loss(self.model, teacher, levels=num_levels)
         check_heads(self.distillation, self.model, teacher)
         if self.distillation.class_map is None:
             check_classes(self.model, teacher)
@@ -106,13 +106,10 @@ class DistillationTrainer(RestoringTrainer):
             with Tap(self.teacher.module) as teacher_tap:
                 self.teacher(**{name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs})
             teacher_output = teacher_tap.output(levels=teacher_levels)
-            group, index = None, None
+            group = None
             if "group" in self.distillation.needs:
-                if self.group_share < 1:
-                    head = {"activation": teacher_tap.family.activation}
-                    index = dkl.best_queries(teacher_output.logits[-1], self.group_share, **head)
-                group = self.query_projection(teacher_tap.query_group(index))
-            student_output = student_tap.output(group=group, group_index=index, levels=student_levels)
+                group = self.query_projection(teacher_tap.query_group(share=self.group_share))
+            student_output = student_tap.output(group=group, levels=student_levels)
             check_levels(student_output, teacher_output)
             terms = self.distillation(student_output, teacher_output, targets)
         for name, term in terms.items():

@@ -23,7 +23,7 @@ CELLS_MULTIPLIED = 128  # at least
 RECOMPUTED = 2**18
 RECOMPUTED_ON_GPU = 2**22
 RECOMPUTED_SHARE = 8
-RECOMPUTED_AT_LEAST = 2**13
+RECOMPUTED_AT_LEAST = 2**12
 # Rows of a form that are multiplied at a time: fewer leave out more of the lower triangle, more make better products.
 FORM_ROWS = 64
 
@@ -79,27 +79,33 @@ def recompute_queries(
     return torch.cat([part.flatten() for part in parts]).reshape(assignment.shape)
 
 
+def cut_features(features: Tensor, dim: int) -> list[Tensor]:
+    """Parts of features (B, D, cells) along `dim`, 1 or 2, to be computed again one by one; one if they are small."""
+    length = features.shape[dim]
+    some = max(1, _recomputed_at_once(features) * length // max(1, features.numel()))
+    whole = torch.compiler.is_compiling() or some >= length
+    return [features] if whole else list(torch.split(features, some, dim))
+
+
 def recompute_features(
-    function: Callable[..., Tensor], features: Tensor, *others: Tensor | None, dim: int
+    function: Callable[..., Tensor], parts: Sequence[Tensor], *others: Tensor | None, dim: int
 ) -> list[Tensor]:
-    """What `function` says of features (B, D, cells), part by part: see :func:`recompute`.
+    """What `function` says of each part of features (B, D, cells): see :func:`recompute`.
 
     Args:
         function: Of a part of the features and of the others.
-        features: (B, D, cells).
-        others: What can be broadcast to them; what has one entry along `dim` is given whole.
-        dim: Where to cut, 1 or 2.
+        parts: From :func:`cut_features`.
+        others: What can be broadcast to the features; what has one entry along `dim` is given whole.
+        dim: Where they were cut.
     """
-    length = features.shape[dim]
-    some = max(1, _recomputed_at_once(features) * length // max(1, features.numel()))
-    if torch.compiler.is_compiling() or some >= length:
-        return [recompute(function, features, *others)]
-    number = len(slices(length, some))
+    if len(parts) == 1:
+        return [recompute(function, *parts, *others)]
+    sizes = [part.shape[dim] for part in parts]
     cut = (
-        [tensor] * number if tensor is None or tensor.shape[dim] == 1 else torch.split(tensor, some, dim)
-        for tensor in (features, *others)
+        [tensor] * len(parts) if tensor is None or tensor.shape[dim] == 1 else torch.split(tensor, sizes, dim)
+        for tensor in others
     )
-    return [recompute(function, *part) for part in zip(*cut, strict=True)]
+    return [recompute(function, *part) for part in zip(parts, *cut, strict=True)]
 
 
 def _layers(tensor: Tensor, assignment: Tensor) -> Sequence[Tensor]:

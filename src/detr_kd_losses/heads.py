@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detr_kd_losses._precision import full_precision
-from detr_kd_losses._validation import validate_choice, validate_dtype, validate_floating
+from detr_kd_losses._validation import validate_choice, validate_dtype, validate_floating, validate_type
 
 __all__ = ["Activation", "ClassMap", "Heads", "map_class_logits"]
 
@@ -83,6 +84,9 @@ def class_index(class_map: ClassMap, teacher_classes: int, num_classes: int, *, 
             raise ValueError(msg)
         index = class_map
     else:
+        validate_type("class_map", class_map, (Sequence, np.ndarray), "a sequence of classes, or a tensor of them")
+        for entry in class_map:
+            validate_type("class_map", entry, (int, np.integer), "whole numbers")
         index = torch.tensor(class_map, dtype=torch.int64)
     # On the host the values are at hand; on a GPU they would have to be waited for.
     if index.device.type == "cpu" and not torch.compiler.is_compiling():

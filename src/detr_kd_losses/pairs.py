@@ -179,6 +179,8 @@ def match_through_targets(student_assignment: Tensor, teacher_assignment: Tensor
     validate_same_device("student_assignment", student_assignment, teacher_assignment=teacher_assignment)
     validate_type("num_targets", num_targets, (int, torch.SymInt), "a whole number")
     validate_not_negative("num_targets", num_targets)
+    validate_partners("student_assignment", student_assignment, num_targets)
+    validate_partners("teacher_assignment", teacher_assignment, num_targets)
     partner = gather_partners(invert_assignment(teacher_assignment, num_targets), student_assignment)
     return partner.where(student_assignment >= 0, -1)
 

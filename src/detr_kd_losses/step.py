@@ -231,6 +231,6 @@ def _without_padding(teacher: DetectorOutput, activation: Activation) -> Detecto
 
 def _of_size(masks: Levels, features: Levels) -> list[Tensor]:
     """Masks of one model at the size of the features (B, D, H, W) of the other."""
-    each, levels = as_levels(masks), as_levels(features)
+    each, levels = as_levels("padding_mask", masks), as_levels("teacher.features", features)
     fit = len(each) == len(levels) and all(mask.ndim == 3 for mask in each)
     return [resized_mask(mask, level.shape[-2:]) for mask, level in zip(each, levels, strict=True)] if fit else each

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
 import detr_kd_losses as dkl
-from hf_transformers.adapter import Tap, distillation_loss
+from detr_kd_losses.taps import Tap
+from hf_transformers.classes import distillation_loss
 
 from support import zoo
 

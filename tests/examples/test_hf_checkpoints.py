@@ -167,7 +167,7 @@ def test_run_without_a_teacher_goes_on_with_one(width: int, tmp_path: Path) -> N
     rates = [group["lr"] for group in loaded[1]["param_groups"]]
     assert len(set(rates)) == 1, "the projections are as far in the schedule as the student"
     if width != 32:
-        name = "1.maps.inputs_embeds.weight"
+        name = "1.maps.content.weight"
         assert (resumed.projections.state_dict()[name] != start[name]).any(), "they learn"
     again = trainer(tmp_path, seed=3, steps=4, width=width)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
-from hf_transformers.adapter import Tap
+from detr_kd_losses.taps import Tap
 
 from support import zoo
 
@@ -36,7 +36,7 @@ def test_same_outputs_and_gradients_as_projecting_again(family: str) -> None:
         torch.manual_seed(0)
         with Tap(student) as tap:
             student(**zoo.images(student), labels=labels)
-        assert len(tap.call.projections) == zoo.LAYERS * len(tap.family.memory_projections)
+        assert len(tap.call.projections) == zoo.LAYERS * len(tap.description.memory_projections)
         if not keep:
             forget(tap)
         output = tap.output(group=teacher_tap.query_group())
@@ -55,7 +55,7 @@ def test_replay_is_cheaper_by_the_projections(family: str) -> None:
     batch, cells = tap.call.arguments["encoder_hidden_states"].shape[:2]
     first, second = cost_of_replay(tap), cost_of_replay(tap)
     forget(tap)
-    projections = zoo.LAYERS * len(tap.family.memory_projections)
+    projections = zoo.LAYERS * len(tap.description.memory_projections)
     assert first == second == cost_of_replay(tap) - projections * batch * cells * 2 * zoo.WIDTH**2
 
 
@@ -75,7 +75,7 @@ def test_nothing_else_sees_the_memory(family: str) -> None:
     assert set(tokens.values()) == ({20} if family in WITHOUT_PROJECTIONS else {20, cells})
     for layer in model.model.decoder.layers:
         seeing = {name for name, module in layer.named_modules() if tokens.get(module) == cells}
-        assert seeing == set(tap.family.memory_projections)
+        assert seeing == set(tap.description.memory_projections)
 
 
 @projecting
@@ -127,7 +127,7 @@ def test_of_two_calls_the_last_is_replayed(family: str) -> None:
     with Tap(model) as tap:
         model(**zoo.images(model))
         model(**zoo.images(model, seed=1))
-    assert len(tap.call.projections) == zoo.LAYERS * len(tap.family.memory_projections)
+    assert len(tap.call.projections) == zoo.LAYERS * len(tap.description.memory_projections)
     output = tap.output(group=tap.query_group())
     assert_close(output.group.logits, output.logits, **EXACT)
 

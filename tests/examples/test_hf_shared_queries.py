@@ -9,7 +9,8 @@ from torch.testing import assert_close
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
 import detr_kd_losses as dkl
-from hf_transformers.adapter import Tap, distillation_loss
+from detr_kd_losses.taps import Tap
+from hf_transformers.classes import distillation_loss
 
 from support import zoo
 
@@ -26,7 +27,7 @@ def test_queries_may_be_chosen(family: str) -> None:
     own = tap.output()
     number = own.logits.shape[2]
     index = torch.stack([torch.arange(number).flip(0), torch.arange(number).roll(1)])[: len(own.logits[0])]
-    output = tap.output(group=tap.query_group(index), group_index=index)
+    output = tap.output(group=tap.query_group(index))
     assert torch.equal(output.group_index, index)
     for answers, chosen in zip(own[:2], output.group, strict=True):
         expected = torch.stack([answers[:, image, order] for image, order in enumerate(index)], 1)
@@ -41,8 +42,9 @@ def test_the_surest_queries_teach(family: str) -> None:
     with Tap(student) as tap:
         student(**zoo.images(student))
     answers = teacher_tap.output()
-    index = dkl.best_queries(answers.logits[-1], 1 / 3, activation=teacher_tap.family.activation)
-    output = tap.output(group=teacher_tap.query_group(index), group_index=index)
+    index = dkl.best_queries(answers.logits[-1], 1 / 3, activation=teacher_tap.activation)
+    output = tap.output(group=teacher_tap.query_group(share=1 / 3))
+    assert torch.equal(output.group_index, index)
     assert output.group.logits.shape[2] == index.shape[1] < answers.logits.shape[2]
     criterion = distillation_loss(student, teacher, terms=[dkl.SharedQueryTerm(), dkl.QueryGroupTerm()])
     losses = criterion(output, answers, dkl.pad_targets(zoo.labels()))

@@ -122,7 +122,7 @@ class TestRun:
         assert_close(state, dict(trainer.projections.state_dict()))
         shapes = {tuple(tensor.shape) for tensor in state.values()}
         assert shapes == {(64, 32, 1, 1), (64,), (32, 64)}
-        weight = trainer.query_projection.maps["inputs_embeds"].weight
+        weight = trainer.query_projection.maps["content"].weight
         assert (weight @ weight.T - torch.eye(32)).abs().max() > 1e-4, "it has left its orthogonal start"
 
     def test_teacher_is_left_alone(

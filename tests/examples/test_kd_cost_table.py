@@ -135,10 +135,31 @@ def counted(request, table):
 def test_share_is_at_most_a_third_of_the_papers(way, criterion, counted, table):
     family, counts = counted
     assert len(counts["levels"]) == (4 if family == "Deformable DETR" else 1)
-    assert counts["share"][criterion][way]["share"] <= table.PAPER[family].share / 3
+    assert counts["groups"]["all queries"]["share"][criterion][way]["share"] <= table.PAPER[family].share / 3
+
+
+@pytest.mark.parametrize("criterion", ["Eq. 9", "official", "default"])
+@pytest.mark.parametrize("way", ["concatenation", "replay, memory kept", "replay by the adapter"])
+def test_share_with_the_best_third_of_the_queries(way, criterion, counted):
+    """A fifth of the paper's share in Conditional DETR; the choice of the queries is counted."""
+    family, counts = counted
+    most = {"Conditional DETR": 0.0129, "Deformable DETR": 0.006}[family]
+    assert counts["groups"]["best third"]["share"][criterion][way]["share"] <= most
+
+
+def test_a_third_of_the_queries_costs_at_most_a_third_of_all(counted):
+    groups = counted[1]["groups"]
+    few, many = (groups[name]["query_group"] for name in ("best third", "all queries"))
+    for way in ("concatenation", "replay, memory kept"):
+        assert 0.2 * many[way] < few[way] < many[way] / 3
+    few, many = (groups[name]["criterion"]["default"] for name in ("best third", "all queries"))
+    assert few["products"] == many["products"]
+    assert few["elements"] < many["elements"]
 
 
 def test_replay_of_the_adapter_is_the_least_beside_its_heads(counted):
     counts = counted[1]
     heads = sum(cost["heads_of_model"] for cost in counts["basic"].values())
-    assert counts["query_group"]["replay by the adapter"] == counts["query_group"]["replay, memory kept"] + heads
+    for distilled in counts["groups"].values():
+        group = distilled["query_group"]
+        assert group["replay by the adapter"] == group["replay, memory kept"] + heads

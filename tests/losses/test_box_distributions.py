@@ -172,6 +172,8 @@ def test_a_query_without_partner_may_hold_anything(name):
             "`teacher_distributions` must have 4 x 3 channels, as",
         ),
         ("student_bins", [-1, 0, 2, 1, 3], ValueError, r"`student_bins` must ascend, got \[-1, 0, 2, 1, 3\]"),
+        ("student_bins", 5, TypeError, "`student_bins` must be a tensor or a sequence of numbers, got 5 of type int"),
+        ("student_bins", None, TypeError, "`student_bins` must be a tensor or a sequence of numbers, got None"),
         ("student_bins", [], ValueError, r"`student_bins` must have shape \(R \+ 1,\), at least one bin, got \(0,\)"),
         ("student_bins", lambda x: x.long(), TypeError, "`student_bins` must have a floating-point dtype"),
         ("student_scale", 0, ValueError, "`student_scale` must be greater than 0, got 0"),

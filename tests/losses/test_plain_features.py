@@ -212,6 +212,11 @@ def test_memory_is_at_most_four_times_that_of_the_inputs(dtype, distance):
             ValueError,
             "`student_features` and `teacher_features` must",
         ),
+        ("student_features", None, TypeError, "`student_features` must be a tensor or a sequence of levels, got None"),
+        ("teacher_features", 3, TypeError, "`teacher_features` must be a tensor or a sequence of levels, got 3"),
+        ("weight", 3, TypeError, "`weight` must be a tensor or a sequence of levels, got 3"),
+        ("padding_mask", True, TypeError, "`padding_mask` must be a tensor or a sequence of levels, got True"),
+        ("sync_normalizer", None, TypeError, "`sync_normalizer` must be True or False, got None"),
         ("student_features", lambda x: [x[0].long(), x[1]], TypeError, "`student_features` must have a floating-point"),
         ("teacher_features", lambda x: [x[0].long(), x[1]], TypeError, "`teacher_features` must have a floating-point"),
         (
@@ -247,7 +252,12 @@ def test_memory_is_at_most_four_times_that_of_the_inputs(dtype, distance):
     ],
 )
 def test_errors(argument, change, error, match):
-    assert_rejects(loss, cases.plain_features(), argument, change, error, match)
+    case = cases.plain_features()
+    if argument in case:
+        assert_rejects(loss, case, argument, change, error, match)
+    else:
+        with pytest.raises(error, match=match):
+            loss(**to_tensors(case), **{argument: change})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,6 +17,7 @@ MODULES = (
     "detr_kd_losses.assignment",
     "detr_kd_losses.losses.features",
     "detr_kd_losses.plotting",
+    "detr_kd_losses.taps",
     "detr_kd_losses.testing",
 )
 
@@ -41,7 +43,7 @@ def _signature(value: object) -> str:
     parameters = inspect.signature(value).parameters.values()
     # Annotations are mypy's to hold; their text differs between Pythons.
     bare = [one.replace(annotation=one.empty) for one in parameters]
-    return str(inspect.Signature(bare))
+    return re.sub(r"<function (\w+) at \w+>", r"\1", str(inspect.Signature(bare)))
 
 
 if __name__ == "__main__":

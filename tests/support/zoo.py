@@ -28,7 +28,13 @@ COMMON = {
     "decoder_ffn_dim": 64,
     "decoder_attention_heads": 4,
 }
-PADDED = ("detr", "conditional_detr", "dab-detr", "deformable_detr")  # the others ignore padding masks
+PADDED = (
+    "detr",
+    "table-transformer",
+    "conditional_detr",
+    "dab-detr",
+    "deformable_detr",
+)  # no other sees a mask
 
 
 def resnet(*stages: int) -> Any:
@@ -147,6 +153,7 @@ def rf_detr_options(width: int) -> dict[str, Any]:
 # Name: prefix of the classes in transformers, and options of the configuration for a width.
 FAMILIES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "detr": ("Detr", detr_options),
+    "table_transformer": ("TableTransformer", detr_options),
     "conditional": ("ConditionalDetr", detr_options),
     "dab": ("DabDetr", dab_options),
     "deformable": ("DeformableDetr", deformable_options),

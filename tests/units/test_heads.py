@@ -74,6 +74,13 @@ def test_order_of_classes_is_all_a_permutation_changes(activation):
         ("class_map", [0, 1], ValueError, "`class_map` must have one entry for each of the 3 teacher classes, got"),
         ("class_map", [0, 1, 4], ValueError, r"`class_map` must have entries in \[-1, 4\), got 4"),
         ("class_map", [0, -2, 1], ValueError, r"`class_map` must have entries in \[-1, 4\), got -2"),
+        ("class_map", [0.7, 1, 2], TypeError, "`class_map` must be whole numbers, got 0.7 of type float"),
+        (
+            "class_map",
+            3,
+            TypeError,
+            "`class_map` must be a sequence of classes, or a tensor of them, got 3 of type int",
+        ),
         ("class_map", torch.zeros(3), TypeError, "`class_map` must have dtype torch.int64, got torch.float32"),
         ("class_map", torch.zeros(3, 1).long(), ValueError, r"`class_map` must have one entry .* shape \(3, 1\)"),
         ("class_map", to_meta, ValueError, "`class_map` must be on the device of `logits` cpu, got meta"),

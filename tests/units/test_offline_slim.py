@@ -20,6 +20,13 @@ safetensors = pytest.importorskip("safetensors.torch", reason="files of many ima
 WAYS_OUT = ["../x", "a/../../x", "a/..", "..", ".", "", "/etc/x", "~/../x", "a//b", "a/", "./a"]
 WAYS_OUT += ["..\\x", "C:\\x", "C:/x", "C:x", "a\0b", "\ud800", "x" * 300]
 
+UNSAVED = {
+    "group": dkl.Predictions(torch.rand(3, 2, 4, 4), torch.rand(3, 2, 4, 4)),
+    "query_mask": torch.ones(2, 6, dtype=torch.bool),
+    "distributions": dkl.BoxDistributions(torch.rand(3, 2, 6, 20), torch.rand(3, 2, 6, 4), torch.arange(5.0), 4.0),
+    "masks": torch.rand(3, 2, 6, 8, 8),
+}
+
 both_ways = pytest.mark.parametrize("save", [save_singly, save_together])
 
 
@@ -96,6 +103,14 @@ class TestOptions:
             ({"names": [7, "7"]}, ValueError, r"`image_ids` must be different, .* \['7'\] more than once"),
             ({"names": [7]}, ValueError, "one entry for each of the 2 images"),
             ({"output": outputs()._replace(features=None), "features": True}, ValueError, "must have features to save"),
+            *(
+                (
+                    {"output": outputs()._replace(**{name: value})},
+                    ValueError,
+                    rf"`output.{name}` must be None, for it is not saved: output._replace\({name}=None\), got Detector",
+                )
+                for name, value in UNSAVED.items()
+            ),
             (
                 {"output": outputs()._replace(padding_mask=[torch.ones(2, 4, 5).bool()] * 2), "features": True},
                 ValueError,

@@ -55,6 +55,8 @@ def test_it_turns_around():
         ),
         (torch.tensor([0]), to_meta(torch.tensor([0])), 1, ValueError, "`teacher_assignment` must be on the device of"),
         (torch.tensor([0]), torch.tensor([0]), 1.5, TypeError, "`num_targets` must be a whole number, got 1.5"),
+        (torch.tensor([2]), torch.tensor([0]), 2, ValueError, r"`student_assignment` must be in \[-1, 2\), got 2 at"),
+        (torch.tensor([0]), torch.tensor([-2]), 2, ValueError, r"`teacher_assignment` must be in \[-1, 2\), got -2 at"),
         (torch.tensor([0]), torch.tensor([0]), -1, ValueError, "`num_targets` must be finite and at least 0, got -1"),
     ],
 )

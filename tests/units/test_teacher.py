@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -147,3 +148,38 @@ def test_show_the_module() -> None:
 def test_refuses_what_is_no_module() -> None:
     with pytest.raises(TypeError, match=r"`module` must be a torch\.nn\.Module, got str"):
         FrozenTeacher("detr")
+
+
+class NestedTensor:
+    """Images and their padding as DETR passes them: no tensor, with a device of none."""
+
+    def __init__(self, tensors: Tensor) -> None:
+        self.tensors, self.mask = tensors, None
+
+
+def test_finds_the_device_of_a_nested_tensor() -> None:
+    class Model(nn.Linear):
+        def forward(self, samples: NestedTensor) -> Tensor:
+            return super().forward(samples.tensors)
+
+    teacher = FrozenTeacher(Model(4, 2))
+    assert teacher(NestedTensor(torch.rand(3, 4, device="meta"))).device.type == "meta"
+    assert teacher.module.weight.device.type == "meta"
+
+
+def test_a_pickle_is_without_the_teacher(teacher: nn.Module) -> None:
+    holder, file, alone = Holder(teacher), io.BytesIO(), io.BytesIO()
+    torch.save(holder, file)
+    torch.save(holder.head, alone)
+    assert file.tell() < alone.tell() + 2000
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert_close(other.head.weight, holder.head.weight)
+    assert repr(other.teacher) == "FrozenTeacher(None)"
+    with pytest.raises(
+        AttributeError, match=r"was pickled, without its teacher: make a new one, FrozenTeacher\(module"
+    ):
+        other(torch.rand(3, 4))
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        _ = other.teacher.other
+    assert copy.copy(holder.teacher) is holder.teacher

@@ -88,7 +88,7 @@ class PlainFeatureTerm(Term):
         weight = None
         if self.cells == "boxes":
             boxes, valid = step.targets.boxes, step.targets.mask
-            weight = [box_mask(boxes, valid, level.shape[-2:]) for level in as_levels(teachers)]
+            weight = [box_mask(boxes, valid, level.shape[-2:]) for level in as_levels("teacher.features", teachers)]
         loss = feature_distillation_loss(
             self.projections(students, teachers, own),
             teachers,

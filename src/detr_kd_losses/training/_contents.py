@@ -24,6 +24,8 @@ from detr_kd_losses.weights import confidence_weight
 
 __all__: list[str] = []
 
+# What no file has: whoever wants it of a teacher on disk must hear so when it is saved, not when it is missed.
+NOT_KEPT = ("group", "group_index", "query_mask", "distributions", "masks")
 FIELDS = ("geometry", "activation", "logits", "boxes", "queries", "features", "padding_mask")
 
 
@@ -89,6 +91,10 @@ class Kept:
     def _validate(self, output: DetectorOutput) -> None:
         validate_record("output", output, DetectorOutput, "DetectorOutput(logits, boxes)")
         validate_predictions("output.", output.logits, output.boxes)
+        for name in NOT_KEPT:
+            if getattr(output, name) is not None:
+                msg = f"`output.{name}` must be None, for it is not saved: output._replace({name}=None), got {output!r}"
+                raise ValueError(msg)
         number = output.logits.shape[-3]
         depth = len(output.logits) if output.logits.ndim > 3 else 1
         if self.layers is not None and (not self.layers or any(not -depth <= one < depth for one in self.layers)):

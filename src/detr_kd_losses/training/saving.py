@@ -43,7 +43,7 @@ def save_predictions(
         folder: Made if it is missing.
         image_ids: B names or numbers that find the images again; tensors of one number, too. A name may be a path
             within the folder, and none leads out of it.
-        output: The teacher's outputs.
+        output: The teacher's outputs: logits, boxes, and perhaps queries and features; no file has its other fields.
         geometries: B views of the images in which the teacher has seen them. None: whole and unpadded.
         features: Whether to save features, which need far more space and serve only images that are not augmented.
         dtype: Dtype of logits, queries and features in the files, such as `torch.float16`. None: as they are. Boxes
@@ -59,7 +59,7 @@ def save_predictions(
 
     Raises:
         ValueError: If the numbers of images differ, an image comes twice or would leave the folder, features are asked
-            for and not there, or an option does not fit.
+            for and not there, `output` has a field that is not saved, or an option does not fit.
         TypeError: If `output` is no :class:`DetectorOutput`, an id no number or name, or `dtype` is not floating.
 
     Examples:

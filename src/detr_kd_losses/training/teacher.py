@@ -17,7 +17,8 @@ class FrozenTeacher:
     As this is no `nn.Module`, a Module that keeps it as an attribute does not own it: the teacher is in none of its
     ``state_dict()``, ``parameters()`` and ``modules()``, hence in no checkpoint, optimizer or DistributedDataParallel;
     ``train()`` and ``requires_grad_()`` do not reach it; and a deep copy, as averages of weights make, shares it.
-    ``to()`` does not reach it either, so at each call it moves to the device of what it is called with.
+    ``to()`` does not reach it either, so at each call it moves to the device of what it is called with. A pickle is
+    without it, since some trainers write models as a whole into their checkpoints.
 
     Outputs are made under `torch.no_grad`, not under `torch.inference_mode`, whose tensors no loss may save for its
     backward pass.
@@ -54,7 +55,8 @@ class FrozenTeacher:
 
         Args:
             *args: Arguments of the teacher.
-            **kwargs: Keyword arguments of the teacher. It moves to the device of the first tensor among all arguments.
+            **kwargs: Keyword arguments of the teacher. It moves to the device of the first tensor among all arguments,
+                or in one, such as a ``NestedTensor`` with its `tensors`.
         """
         if any(part.training for part in self.module.modules()):  # train() was called on it, or on a part of it
             self.module.eval()
@@ -72,15 +74,33 @@ class FrozenTeacher:
         """Share the teacher: it never changes."""
         return self
 
+    def __copy__(self) -> FrozenTeacher:
+        """Share the teacher."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the teacher out."""
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what is missing of one that was read from a pickle."""
+        if name == "module":
+            msg = "this FrozenTeacher was pickled, without its teacher: make a new one, FrozenTeacher(module)"
+            raise AttributeError(msg)
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
+
     def __repr__(self) -> str:
         """Show the module."""
-        return f"{type(self).__name__}({self.module!r})"
+        return f"{type(self).__name__}({vars(self).get('module')!r})"
 
 
 def _device(values: object) -> torch.device | None:
-    """Device of the first tensor in nested tuples, lists and mappings."""
+    """Device of the first tensor in nested tuples, lists, mappings, and in what holds `tensors`."""
     if isinstance(values, Tensor):
         return values.device
+    if isinstance(getattr(values, "tensors", None), Tensor):
+        return _device(values.tensors)  # type: ignore[attr-defined]
     if isinstance(values, Mapping):
         values = list(values.values())
     if isinstance(values, list | tuple):

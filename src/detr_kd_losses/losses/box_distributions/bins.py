@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from detr_kd_losses._validation import (
     validate_positive,
     validate_same_device,
     validate_same_shape,
+    validate_type,
 )
 
 __all__ = ["rebin_box_distribution"]
@@ -115,6 +117,7 @@ def _as_bins(name: str, bins: Bins, like: Tensor) -> Tensor:
         validate_floating(name, bins)
         validate_same_device("the distributions", like, **{name: bins})
     else:
+        validate_type(name, bins, (Sequence, np.ndarray), "a tensor or a sequence of numbers")
         for number in bins:
             validate_number(name, number)
         if any(right < left for left, right in pairwise(bins)):

@@ -38,12 +38,12 @@ def pair_levels(
     student_features: Levels, teacher_features: Levels, *, weight: Levels | None = None, padding_mask: Levels | None
 ) -> list[Level]:
     """The levels of both, validated; a single map is one level."""
-    students = as_levels(student_features)
+    students = as_levels("student_features", student_features)
     nothing: Sequence[None] = [None] * len(students)
     others: dict[str, Sequence[Tensor | None]] = {
-        "teacher_features": as_levels(teacher_features),
-        "weight": nothing if weight is None else as_levels(weight),
-        "padding_mask": nothing if padding_mask is None else as_levels(padding_mask),
+        "teacher_features": as_levels("teacher_features", teacher_features),
+        "weight": nothing if weight is None else as_levels("weight", weight),
+        "padding_mask": nothing if padding_mask is None else as_levels("padding_mask", padding_mask),
     }
     for name, levels in others.items():
         if len(levels) != len(students) or not students:

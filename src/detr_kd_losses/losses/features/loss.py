@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detr_kd_losses._options import OptionModule, Rules, boolean, one_of
+from detr_kd_losses._options import OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._reduction import replica_means
 from detr_kd_losses.losses.features._passes import Comparison, compare
 from detr_kd_losses.losses.features._similarity import summarize_queries
@@ -98,6 +98,7 @@ def target_aware_feature_loss(
         Chang et al., "DETRDistill", ICCV 2023, arXiv:2211.10156, Eq. 6-9.
     """
     normalize = resolve_normalize(variant, normalize)
+    validate_options(RULES, sync_normalizer=sync_normalizer)
     levels = pair_levels(student_features, teacher_features, padding_mask=padding_mask)
     for level in levels:
         validate_queries("teacher_queries", teacher_queries, quality, "teacher_features", level.teacher)

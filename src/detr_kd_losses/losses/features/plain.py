@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detr_kd_losses._blocks import recompute_features
+from detr_kd_losses._blocks import cut_features, recompute_features
 from detr_kd_losses._options import OptionModule, Rules, boolean, one_of, validate_options
 from detr_kd_losses._precision import shared_dtype
 from detr_kd_losses._reduction import replica_means, replica_sum
@@ -90,7 +90,7 @@ def feature_distillation_loss(
         NeurIPS 2022, arXiv:2207.02039.
         Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256.
     """
-    validate_options(RULES, distance=distance, temperature=temperature)
+    validate_options(RULES, distance=distance, temperature=temperature, sync_normalizer=sync_normalizer)
     if distance == "channel" and weight is not None:
         msg = "`weight` must be None for the distance 'channel', whose softmax weighs cells, got weights"
         raise ValueError(msg)
@@ -108,7 +108,7 @@ def _compare(level: Level, distance: str, temperature: float, *, sync: bool) -> 
     dtype, channels = shared_dtype(student, teacher), max(student.shape[1], 1)
     if distance == "channel":
         function = partial(_divergence, dtype=dtype, temperature=temperature)
-        divergence = _added(function, student, teacher, valid, dim=1) / channels
+        divergence = _added(function, cut_features(student, 1), teacher, valid, dim=1) / channels
         return divergence, divergence.new_tensor(len(student))
     count = student.new_tensor(student[:, :1].numel(), dtype=dtype) if valid is None else valid.sum().to(dtype)
     weight = None if weight is None else _blanked(weight.detach().to(dtype), valid)
@@ -116,19 +116,22 @@ def _compare(level: Level, distance: str, temperature: float, *, sync: bool) -> 
     outer = 2 if student.stride(1) < student.stride(2) else 1
     if distance == "pearson":
         number = replica_sum(count, sync=sync).clamp(min=1)
-        moments = [_moments(features, valid, number, outer, sync=sync) for features in (student, teacher)]
-        total = _added(_standardised, student, teacher, valid, weight, *moments[0], *moments[1], dim=outer)
+        # The gradient of the student is a sum of three, which half precision would round one by one.
+        own = [part.to(dtype) for part in cut_features(student, outer)]
+        moments = [_moments(x, valid, number, outer, sync=sync) for x in (own, cut_features(teacher, outer))]
+        total = _added(_standardised, own, teacher, valid, weight, *moments[0], *moments[1], dim=outer)
         return total / (2 * channels), count
     # A cell without weight has no part, as one that is not valid; to the statistics above it belongs.
     part = valid if weight is None else weight != 0
     if distance == "mse":
-        return _added(partial(_squared, dtype=dtype), student, teacher, part, weight, dim=outer) / channels, count
-    return _added(partial(_angle, dtype=dtype), student, teacher, part, weight, dim=2), count
+        function, parts = partial(_squared, dtype=dtype), cut_features(student, outer)
+        return _added(function, parts, teacher, part, weight, dim=outer) / channels, count
+    return _added(partial(_angle, dtype=dtype), cut_features(student, 2), teacher, part, weight, dim=2), count
 
 
-def _added(function: Callable[..., Tensor], features: Tensor, *others: Tensor | None, dim: int) -> Tensor:
+def _added(function: Callable[..., Tensor], parts: list[Tensor], *others: Tensor | None, dim: int) -> Tensor:
     """The sum of what `function` says of the parts of features (B, D, cells) along `dim`."""
-    return torch.stack(recompute_features(function, features, *others, dim=dim)).sum(0)
+    return torch.stack(recompute_features(function, parts, *others, dim=dim)).sum(0)
 
 
 def _blanked(values: Tensor, part: Tensor | None) -> Tensor:
@@ -166,12 +169,12 @@ def _direction(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments(
-    features: Tensor, valid: Tensor | None, number: Tensor, outer: int, *, sync: bool
+    cut: list[Tensor], valid: Tensor | None, number: Tensor, outer: int, *, sync: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean of each channel over the valid cells and 1 / its standard deviation, 0 where it has none, (1, D, 1)."""
 
     def mean_of(function: Callable[..., Tensor], *others: Tensor | None) -> Tensor:
-        parts = recompute_features(function, features, valid, *others, dim=outer)
+        parts = recompute_features(function, cut, valid, *others, dim=outer)
         return replica_sum(torch.cat(parts, 1) if outer == 1 else torch.stack(parts).sum(0), sync=sync) / number
 
     mean = mean_of(partial(_sum, dtype=number.dtype))

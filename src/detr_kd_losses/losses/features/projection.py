@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_kd_losses._precision import full_precision
-from detr_kd_losses._validation import validate_count
+from detr_kd_losses._validation import validate_count, validate_type
 
 __all__ = ["FeatureProjection"]
 
@@ -19,9 +19,12 @@ _WHOLE = 1 - 1e-5
 _KEEPS_CHANNELS = (nn.Identity, type(None))  # a tuple: the compiler of PyTorch 2.6 cannot trace a union
 
 
-def as_levels(levels: Levels) -> list[Tensor]:
-    """A single map as one level."""
-    return [levels] if isinstance(levels, Tensor) else list(levels)
+def as_levels(name: str, levels: Levels) -> list[Tensor]:
+    """The argument `name` as levels; a single map is one."""
+    if isinstance(levels, Tensor):
+        return [levels]
+    validate_type(name, levels, Iterable, "a tensor or a sequence of levels")
+    return list(levels)
 
 
 class FeatureProjection(nn.ModuleList):
@@ -78,13 +81,14 @@ class FeatureProjection(nn.ModuleList):
         Raises:
             ValueError: If the channels are not those that the options say, or levels are missing.
         """
-        students, teachers = as_levels(student_features), as_levels(teacher_features)
+        students = as_levels("student_features", student_features)
+        teachers = as_levels("teacher_features", teacher_features)
         if len(self) and len(students) != len(self):
             msg = (
                 f"`student_features` must have the {len(self)} levels that `student_channels` has, got {len(students)}"
             )
             raise ValueError(msg)
-        masks = [None] * len(students) if padding_mask is None else as_levels(padding_mask)
+        masks = [None] * len(students) if padding_mask is None else as_levels("padding_mask", padding_mask)
         if not len(students) == len(teachers) == len(masks):
             return students  # the loss says which levels are missing
         projections: list[nn.Module | None] = list(self) if len(self) else [None] * len(students)

@@ -13,41 +13,67 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
-from detr_convention.adapter import DetrReader, DistillationCriterion, attach_teacher, learn_projections
-from detr_convention.standin import SetCriterion, train_one_epoch
+from detr_kd_losses.taps import DistillationCriterion, learn_projections
 
-from support.stand_ins import batch, stand_in
+from support import decoder_parts, lineage
+from support.engines import SetCriterion, train_one_epoch
 from support.two_processes import run_together
 
-UNEVEN = 2  # a seed whose first two images have different numbers of objects
+IMAGES = 2  # with different numbers of objects
+
+
+def batch(seed: int = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    return decoder_parts.images(IMAGES, seed=seed), decoder_parts.targets(IMAGES, seed=seed)
 
 
 def criterion_and_student(*, sync: bool = True) -> tuple[DistillationCriterion, nn.Module]:
-    student, teacher = stand_in(0), stand_in(1, queries=20, channels=64)
+    """A wider teacher: features of two levels and the content of queries are projected."""
+    student, teacher = lineage.build("v2"), lineage.build("v2", seed=1, queries=10, width=24)
     torch.manual_seed(2)
-    distillation = dkl.DETRDistillationLoss([dkl.LogitsTerm(), dkl.FeatureTerm(32, 64, sync_normalizer=sync)])
-    attach_teacher(student, teacher, reader=DetrReader, query_group=False)
-    return DistillationCriterion(SetCriterion(layers=3), distillation), student
+    options = {"sync_normalizer": sync}
+    terms = [
+        dkl.LogitsTerm(**options),
+        dkl.FeatureTerm([16, 16], [24, 24], **options),
+        dkl.QueryGroupTerm(**options),
+    ]
+    return DistillationCriterion(
+        SetCriterion(), student, teacher, distillation=dkl.DETRDistillationLoss(terms)
+    ), student
 
 
 def test_projections_of_another_width_are_learned() -> None:
     criterion, student = criterion_and_student()
     before = copy.deepcopy(criterion.distillation.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    learn_projections(optimizer, criterion.distillation)
+    criterion.learn(optimizer)
     train_one_epoch(student, criterion, [batch()], optimizer)
     assert before
     assert all((tensor != before[name]).any() for name, tensor in criterion.distillation.state_dict().items())
 
 
-def test_criterion_is_copied_without_ties_to_the_original() -> None:
+@pytest.mark.parametrize("max_norm", [0.1, 1e-3, None])
+def test_clipped_by_a_norm_of_their_own(max_norm: float | None) -> None:
+    """Where engines clip the model alone."""
     criterion, student = criterion_and_student()
-    learn_projections(torch.optim.SGD(student.parameters(), lr=0.1), criterion.distillation)
-    other = copy.deepcopy(criterion)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    criterion.learn(optimizer, max_norm=max_norm)
+    learned = [*criterion.distillation.parameters(), *criterion.query_projection.parameters()]
+    assert len(learned) == 5
+    before = [parameter.detach().clone() for parameter in learned]
     images, targets = batch()
-    sum(other(student(images), targets).values()).backward()
-    assert all(parameter.grad is None for parameter in criterion.parameters())
-    assert all(parameter.grad.any() for parameter in other.parameters())
+    torch.stack(list(criterion(student(images), targets).values())).sum().backward()
+    whole = torch.stack([parameter.grad.norm() for parameter in learned]).norm()
+    optimizer.step()
+    moved = torch.stack([(a - b).norm() for a, b in zip(before, learned, strict=True)]).norm()
+    assert_close(moved, whole if max_norm is None else whole.clamp(max=max_norm), rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_to_learn() -> None:
+    student = lineage.build("v2")
+    criterion = DistillationCriterion(SetCriterion(), student, lineage.build("v2", seed=1))
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    criterion.learn(optimizer)
+    assert len(optimizer.param_groups) == 1
 
 
 class TestResuming:
@@ -60,7 +86,7 @@ class TestResuming:
             nn.init.normal_(parameter)  # as in every process that starts, something else
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
         if learned:
-            learn_projections(optimizer, criterion.distillation)
+            criterion.learn(optimizer)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
         if checkpoint is not None:
             student.load_state_dict(checkpoint["model"])
@@ -81,11 +107,13 @@ class TestResuming:
         saved = self.checkpoint(run, tmp_path / "1.pt")
         criterion, student = criterion_and_student()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-        learn_projections(optimizer, criterion.distillation)
+        criterion.learn(optimizer)
         optimizer.load_state_dict(saved["optimizer"])
         assert_close(criterion.distillation.state_dict(), run[0].distillation.state_dict(), rtol=0, atol=0)
+        assert_close(criterion.query_projection.state_dict(), run[0].query_projection.state_dict(), rtol=0, atol=0)
         assert_close(optimizer.state_dict(), run[2].state_dict(), rtol=0, atol=0)
-        assert optimizer.param_groups[-1]["params"] == list(criterion.distillation.parameters())
+        learned = [*criterion.distillation.parameters(), *criterion.query_projection.parameters()]
+        assert optimizer.param_groups[-1]["params"] == learned
 
     def test_run_without_a_teacher_goes_on_with_one(self, tmp_path: Path) -> None:
         saved = self.checkpoint(self.run(learned=False), tmp_path / "1.pt")
@@ -93,7 +121,7 @@ class TestResuming:
             _, student, optimizer, _ = self.run(saved)
         state = optimizer.state_dict()
         assert len(state["param_groups"]) == 2
-        steps = [optimizer.state[parameter]["step"].item() for parameter in student.parameters()]
+        steps = [optimizer.state[one]["step"].item() for one in student.parameters() if one.grad is not None]
         assert set(steps) == {2}, "the student's own state goes on"
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
 
@@ -105,18 +133,18 @@ class TestResuming:
     def test_projections_for_another_teacher(self) -> None:
         criterion, student = criterion_and_student()
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        learn_projections(optimizer, criterion.distillation)
+        criterion.learn(optimizer)
         other = torch.optim.SGD(student.parameters(), lr=0.1)
-        learn_projections(other, dkl.DETRDistillationLoss([dkl.FeatureTerm(32, 128)]))
+        learn_projections(other, dkl.DETRDistillationLoss([dkl.FeatureTerm([16, 16], [32, 32])]))
         with pytest.raises(RuntimeError, match="size mismatch"):
             other.load_state_dict(optimizer.state_dict())
 
     def test_learning_twice(self) -> None:
         criterion, student = criterion_and_student()
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        learn_projections(optimizer, criterion.distillation)
+        criterion.learn(optimizer)
         with pytest.raises(ValueError, match="more than one parameter group"):
-            learn_projections(optimizer, criterion.distillation)
+            criterion.learn(optimizer)
 
 
 def step_of_gradient_descent(
@@ -126,11 +154,12 @@ def step_of_gradient_descent(
     criterion, student = criterion_and_student()
     if rank:
         nn.init.normal_(criterion.distillation.terms["feature"].projections[0].weight)  # as with a seed of its own
-    learned = {**dict(student.named_parameters()), **dict(criterion.distillation.named_parameters())}
+    learned = dict(student.named_parameters()) | dict(criterion.distillation.named_parameters())
+    learned |= dict(criterion.query_projection.named_parameters())
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    learn_projections(optimizer, criterion.distillation)
+    criterion.learn(optimizer)
     before = {name: parameter.detach().clone() for name, parameter in learned.items()}
-    model = student if rank is None else DistributedDataParallel(student)
+    model = student if rank is None else DistributedDataParallel(student, find_unused_parameters=True)
     for _ in range(micro_batches):
         losses = criterion(model(images), targets)
         weighted = [losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses]
@@ -153,7 +182,7 @@ HAPPENINGS = (
 
 def be_one_of_two(rank: int, folder: Path) -> None:
     """Do in one pair of processes, which take long to start, what the tests below look at."""
-    images, targets = batch(UNEVEN)
+    images, targets = batch()
     half = slice(rank, rank + 1)
     results: dict[Any, Any] = {
         count: step_of_gradient_descent(images[half], targets[half], rank=rank, micro_batches=count)
@@ -175,7 +204,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
 def test_two_processes_take_the_step_of_one(micro_batches: int, processes: list[dict[Any, Any]]) -> None:
     """Accumulated or not; the processes draw other projections, and begin with those of the first."""
-    images, targets = batch(UNEVEN)
+    images, targets = batch()
     assert len(targets[0]["labels"]) != len(targets[1]["labels"])
     joined = step_of_gradient_descent(images[:2], targets[:2], rank=None)
     for results in processes:
@@ -190,8 +219,8 @@ def train_with(rank: int, happening: str) -> dict[str, Any]:
     criterion, student = criterion_and_student(sync=happening != "weight 0 on one rank")
     feature = criterion.distillation.terms["feature"]
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    learn_projections(optimizer, criterion.distillation)
-    model = DistributedDataParallel(student)
+    criterion.learn(optimizer)
+    model = DistributedDataParallel(student, find_unused_parameters=True)
     scaler = torch.amp.GradScaler("cpu", enabled="overflow" in happening, init_scale=2.0)
     moved = []
     for step in range(3):
@@ -215,7 +244,9 @@ def train_with(rank: int, happening: str) -> dict[str, Any]:
         scaler.update()
         if happening.startswith("validation") and here:
             with torch.no_grad():
-                student.eval()(images)  # whose criterion counts over all processes, and so is not called here
+                student.eval()(
+                    decoder_parts.images(size=lineage.EVAL_SIZE)
+                )  # whose criterion counts over all processes, and so is not called here
             student.train()
         after = criterion.distillation.parameters()
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))

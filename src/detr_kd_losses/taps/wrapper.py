@@ -1,0 +1,253 @@
+"""A trainer's own criterion with the terms of a distillation beside its own; the engine stays as it is."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_kd_losses.criterion import DETRDistillationLoss
+from detr_kd_losses.outputs import DetectorOutput, Targets, pad_targets
+from detr_kd_losses.taps.attachment import attach, images_and_masks
+from detr_kd_losses.taps.find import unwrap
+from detr_kd_losses.taps.loss import distillation_loss
+from detr_kd_losses.taps.projections import learn_projections
+from detr_kd_losses.taps.queries import QueryProjection
+from detr_kd_losses.taps.setup import check_setup
+from detr_kd_losses.taps.tap import Tap
+from detr_kd_losses.training.teacher import FrozenTeacher
+from detr_kd_losses.training.value_checks import check_targets
+
+__all__ = ["DistillationCriterion"]
+
+TeacherCall = Callable[..., Any]
+TOTAL = "total_loss"  # where a criterion has summed its terms itself
+
+
+class DistillationCriterion(nn.Module):
+    """A criterion that adds the terms of a distillation to those of a trainer's own.
+
+    From now on the teacher runs before each forward pass of the student in training, under its autocast; the student is
+    read, and the terms are added when the criterion is called. The class of the model, its parameters, its outputs, its
+    checkpoints and its evaluation do not change: copies and pickles of the student know of nothing.
+
+    Whatever an engine passes beside outputs and targets is for the original criterion, and so is what it asks of it.
+    The terms are in its `weight_dict`, with weight 1, where an engine weighs and filters by it; where an engine sums
+    all values, or takes a ``"total_loss"`` from them, they count as they are. :attr:`counted` says which it was.
+
+    Args:
+        criterion: The criterion; it answers a dict of losses.
+        student: The student. One in DistributedDataParallel is unwrapped.
+        teacher: The teacher. It is frozen, and no part of student or criterion.
+        distillation: The losses. None: :func:`distillation_loss` of both models.
+        levels: Feature levels of student and of teacher that correspond, where they have different ones.
+        group_share: How many of the teacher's queries run through the student's decoder, the surest first.
+        teacher_call: Called with the teacher and the arguments of the student's forward pass, where it needs others
+            than the images and their masks: another size, another normalisation, ``dn_args=0`` for DN-DETR.
+        read_targets: From the targets of the engine to :class:`Targets`, where they are no list of a dict for each
+            image.
+
+    Raises:
+        ValueError: If student and teacher share parameters, or a decoder is not found.
+
+    Examples:
+        >>> class Decoder(nn.Module):  # is handed its heads, as that of RT-DETR
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layers, self.hidden_dim = nn.ModuleList([nn.Linear(8, 8)]), 8
+        ...     def forward(self, target, ref_points_unact, memory, spatial_shapes, bbox_head, score_head):
+        ...         states = self.layers[0](target)
+        ...         return bbox_head(states).sigmoid().unsqueeze(0), score_head(states).unsqueeze(0)
+        >>> class Detector(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.decoder, self.boxes, self.classes = Decoder(), nn.Linear(8, 4), nn.Linear(8, 3)
+        ...     def forward(self, images):
+        ...         cells = images.flatten(2).transpose(1, 2)
+        ...         return self.decoder(cells[:, :6], cells[:, :6, :4], cells, [(5, 5)], self.boxes, self.classes)
+        >>> class OwnLoss(nn.Module):
+        ...     def forward(self, outputs, targets, epoch=0):
+        ...         return {"loss": outputs[0].mean()}
+        >>> student, images = Detector(), torch.randn(2, 8, 5, 5)
+        >>> criterion = DistillationCriterion(OwnLoss(), student, teacher=Detector())
+        >>> targets = [{"labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5)}] * 2
+        >>> losses = criterion(student(images), targets, epoch=1)
+        >>> sorted(losses)[:4]
+        ['loss', 'loss_kd_bbox', 'loss_kd_class', 'loss_kd_feature']
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        distillation: DETRDistillationLoss | None = None,
+        levels: tuple[Sequence[int], Sequence[int]] | None = None,
+        group_share: float = 1.0,
+        teacher_call: TeacherCall | None = None,
+        read_targets: Callable[[Any], Targets] = pad_targets,
+    ) -> None:
+        super().__init__()
+        student, teacher = unwrap(student), unwrap(teacher)
+        validate_apart(student, teacher)
+        self.criterion = criterion
+        number = None if levels is None else len(levels[0])
+        self.distillation = distillation or distillation_loss(student, teacher, levels=number)
+        self.query_projection = QueryProjection(student, teacher)
+        self.to(next(student.parameters()).device)
+        self.levels: tuple[Sequence[int] | None, Sequence[int] | None] = levels or (None, None)
+        self.group_share, self.teacher_call, self.read_targets = group_share, teacher_call, read_targets
+        self.teacher = FrozenTeacher(teacher)
+        self._student = (student,)  # in a tuple, so that it is no part of the criterion
+        self._taps: list[tuple[Tap, DetectorOutput, Any] | None] = []  # of forward passes that are under way
+        self._said: tuple[DetectorOutput, DetectorOutput] | None = None
+        self._steps, self._weights_were_read, self._total_was_taken = 0, False, False
+        weights = getattr(criterion, "weight_dict", None)
+        self._weights = None if weights is None else {**weights, **dict.fromkeys(self.distillation.names, 1.0)}
+        self.detach = attach(student, self._before, self._after)
+
+    def _before(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the teacher, and begin to read the student."""
+        if not student.training:
+            self._taps.append(None)
+            return
+        with torch.no_grad(), Tap(self.teacher.module) as tap:
+            if self.teacher_call is not None:
+                self.teacher_call(self.teacher, *args, **kwargs)
+            else:
+                images, masks = images_and_masks(student, args, kwargs)
+                self.teacher(images, **masks)
+        group = None
+        if "group" in self.distillation.needs:
+            group = self.query_projection(tap.query_group(share=self.group_share))
+        self._taps.append((Tap(student).__enter__(), tap.output(levels=self.levels[1]), group))
+
+    def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
+        """Read the student, and keep what both say for the criterion."""
+        reading = self._taps.pop() if self._taps else None
+        if reading is None:
+            return
+        tap, teacher_output, group = reading
+        tap.__exit__()
+        if outputs is not None:  # None: the forward pass has raised
+            self._said = tap.output(group, levels=self.levels[0]), teacher_output
+
+    def forward(self, outputs: Any, targets: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the terms of the criterion, and in training those of the distillation.
+
+        Args:
+            outputs: Of the student, as they are.
+            targets: As the engine has them.
+            *args: For the original criterion.
+            **kwargs: For the original criterion.
+
+        Returns:
+            All terms by name.
+
+        Raises:
+            RuntimeError: If the student trains and has made no forward pass.
+            TypeError: If the criterion answers no dict.
+        """
+        losses = self.criterion(outputs, targets, *args, **kwargs)
+        said, self._said = self._said, None
+        if said is None:
+            if self._student[0].training and self.training:
+                msg = "the student must make a forward pass in training mode before its criterion is called, got none"
+                raise RuntimeError(msg)
+            return losses  # type: ignore[no-any-return]
+        if not isinstance(losses, Mapping):
+            msg = f"`criterion` must answer a dict of losses, got {type(losses).__name__}"
+            raise TypeError(msg)
+        student_output, teacher_output = said
+        padded = self.read_targets(targets).to(student_output.logits.device)
+        if self._steps == 0:
+            _warn_of_targets(padded, student_output.logits.shape[-1])
+        terms = self.distillation(student_output, teacher_output, padded)
+        losses = {**losses, **terms}
+        if TOTAL in losses:
+            losses[TOTAL] = losses[TOTAL] + torch.stack(list(terms.values())).sum()
+            self._total_was_taken = True
+        self._steps += 1
+        if self._steps == 2:  # by now the engine has done with a step
+            logging.getLogger(__name__).info("%s", self.counted)
+        return losses
+
+    @property
+    def counted(self) -> str:
+        """How the engine counts the terms, as far as it has shown."""
+        if self._total_was_taken:
+            return f"the criterion sums its terms itself: those of the distillation are added to its {TOTAL!r}"
+        if self._weights_were_read:
+            return "the engine reads `weight_dict`, where the terms of the distillation have weight 1"
+        if self._steps > 1:
+            return "the engine sums all that the criterion answers: change weights in `distillation.terms`"
+        return "not known before the second step"
+
+    @property
+    def weight_dict(self) -> dict[str, float]:
+        """The weights of the original criterion, and 1 for each term of the distillation."""
+        if self._weights is None:
+            msg = f"{type(self.criterion).__name__} has no attribute 'weight_dict'"
+            raise AttributeError(msg)
+        self._weights_were_read = True
+        return self._weights
+
+    def learn(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None = 0.1) -> None:
+        """Let the optimizer of the student learn the projections of features and queries, if there are any.
+
+        Args:
+            optimizer: The optimizer, before its scheduler is made.
+            max_norm: To which the gradients of the projections are clipped (:func:`learn_projections`).
+        """
+        learn_projections(optimizer, self.distillation, self.query_projection, max_norm=max_norm)
+
+    def check(self, call: Callable[[nn.Module], Any], targets: Any = None) -> bool:
+        """Print whether the set-up is right (:func:`check_setup`).
+
+        Args:
+            call: Runs a model on a batch: ``lambda model: model(samples)``.
+            targets: Targets of the batch, as the engine has them.
+
+        Returns:
+            Whether it is.
+        """
+        return check_setup(
+            self._student[0],
+            self.teacher.module,
+            call,
+            None if targets is None else self.read_targets(targets),
+            distillation=self.distillation,
+            query_projection=self.query_projection,
+            levels=self.levels,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the original criterion, whose attributes some engines look at."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "criterion":
+                raise
+            return getattr(self.criterion, name)
+
+
+def _warn_of_targets(targets: Targets, num_classes: int) -> None:
+    try:
+        check_targets(*targets, num_classes=num_classes)
+    except ValueError as error:
+        warnings.warn(f"the targets of the first batch: {error}", stacklevel=3)
+
+
+def validate_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise if the models share parameters: those of the teacher are frozen."""
+    if not set(student.parameters()).isdisjoint(teacher.parameters()):
+        msg = (
+            "`teacher` must be another model than the student, with parameters of its own, since it is frozen; "
+            "copy.deepcopy makes one"
+        )
+        raise ValueError(msg)
