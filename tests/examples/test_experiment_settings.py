@@ -1,13 +1,9 @@
-"""The experiments: labels, controls, a row of a few steps, and a runner that goes on where it was stopped."""
+"""What the experiments compare: labels, data sets, settings, controls, and the logits loss taken apart."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,56 +11,13 @@ import torch
 from torch import Tensor
 
 import detr_kd_losses as dkl
-
-pytest.importorskip("matplotlib", reason="the toy detector's modules draw with matplotlib")
-
-
-from experiments import (
-    check,
-    comparison,
-    crowds,
-    digits,
-    directions,
-    page,
-    plot,
-    probes,
-    rows,
-    run,
-    tables,
-    training,
-    worlds,
-)
+from experiments import crowds, digits, probes, rows, tables, training, worlds
 from experiments.settings import SETTINGS
 
-import model  # isort: skip
-import train  # isort: skip  (of the toy detector, which `experiments` finds)
+from support.small_world import RUN, SMALL
 
-SMALL = {"num_queries": 6, "backbone_width": 4, "residual_blocks": 0, "encoder_layers": 1, "decoder_layers": 2}
-RUN = rows.Run("demo", "alone", 3, 0)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A world of 20 images with teachers of one step; the folder of its cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    kinds = {"teacher": SMALL | {"num_queries": 10}, "barely better": SMALL, "a student": SMALL}
-    teachers = {name: worlds.Recipe(kind, steps=1) for name, kind in kinds.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(worlds.WORLDS, "demo", worlds.World(20, teachers))
-        for name, value in {"VALIDATION": (10, 1), "TEST": (10, 2), "STUDENT": SMALL}.items():
-            patch.setattr(training, name, value)
-        worlds.all_images.cache_clear()
-        for teacher in teachers:
-            training.train_teacher(training.TeacherOf("demo", teacher), folder, on_step=lambda: None)
-        yield folder
-
-
-@pytest.fixture
-def small_world(trained: Path) -> Path:
-    """The same, without what another test has left in memory."""
-    worlds.all_images.cache_clear()
-    training.ready_teacher.cache_clear()
-    return trained
+import model  # isort: skip  (of the toy detector, which `experiments` finds)
+import train  # isort: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -273,189 +226,3 @@ def test_the_last_layers_term_is_the_logits_term_of_the_last_layers() -> None:
     expected = dkl.LogitsTerm().compute(dkl.Step(*last, step.targets))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
-
-
-def test_rows_are_read_back_and_a_line_cut_off_is_not_there(tmp_path: Path) -> None:
-    done = [{**RUN._replace(seed=seed)._asdict(), "ap": 1.5} for seed in range(3)]
-    for row in done[:2]:
-        rows.append_row(row, tmp_path)
-    path = rows.results_file("demo", tmp_path)
-    path.write_text(path.read_text() + json.dumps(done[2])[:20])  # killed while it was written
-    assert list(rows.read_rows(["demo"], tmp_path).values()) == done[:2]
-    rows.append_row(done[2], tmp_path)
-    assert list(rows.read_rows(["demo"], tmp_path).values()) == done
-
-
-def test_the_runner_goes_on_where_it_was_stopped(
-    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Here:
-        """Runs a job in this process, where the world is small."""
-
-        def __init__(self, *arguments: object, **options: object) -> None: ...
-        def __enter__(self) -> Here:
-            return self
-
-        def __exit__(self, *exception: object) -> None: ...
-        def submit(self, function, *arguments):
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(run, "ProcessPoolExecutor", Here)
-    monkeypatch.setenv("EXPERIMENTS_PARENT", str(os.getppid()))
-    monkeypatch.setitem(tables.TABLES, "small", tables.Table("demo", (2,), ("alone", "features, decayed"), seeds=2))
-    command = ["run.py", "small", "--results", str(tmp_path / "results"), "--cache", str(small_world)]
-    monkeypatch.setattr("sys.argv", command)
-    run.main()
-    path = rows.results_file("demo", tmp_path / "results")
-    first = path.read_text().splitlines()
-    assert [json.loads(line)["seed"] for line in first] == [0, 0, 1, 1]
-    assert {"commit", "versions", "processor", "command"} <= set(json.loads(first[0]))
-    path.write_text("\n".join(first[:3]) + "\n")
-    run.main()
-    again = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["setting"], row["ap"]) for row in again] == [
-        (row["setting"], row["ap"]) for row in map(json.loads, first)
-    ]
-    assert "100%, 0 min left" in capsys.readouterr().out
-
-
-def test_a_missing_teacher_is_trained_before_the_first_run_that_needs_it(small_world: Path, tmp_path: Path) -> None:
-    taught, alone = RUN._replace(setting="features"), RUN
-    assert run.with_teachers([alone, taught], small_world) == [alone, taught]
-    missing = run.with_teachers([alone, taught, taught._replace(seed=1)], tmp_path / "empty")
-    assert missing == [alone, training.TeacherOf("demo", "teacher"), taught, taught._replace(seed=1)]
-
-
-def test_no_run_begins_before_its_teacher_is_trained(tmp_path: Path) -> None:
-    class Pool:
-        """Notes the jobs, and finishes each at once."""
-
-        def __init__(self) -> None:
-            self.jobs: list[object] = []
-
-        def submit(self, function: object, job: object, *others: object) -> Future:
-            self.jobs.append(job)
-            future: Future = Future()
-            future.set_result({})
-            return future
-
-    pool, taught, teacher = Pool(), RUN._replace(setting="features"), training.TeacherOf("demo", "teacher")
-    jobs = [teacher, taught, RUN]
-    done = [job for job, _ in run.finished(pool, jobs, 2, tmp_path)]
-    assert pool.jobs == [teacher, RUN, taught]
-    assert sorted(map(str, done)) == sorted(map(str, jobs))
-
-
-def test_the_teacher_is_trained_again_when_its_recipe_changes(
-    small_world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert training.has_teacher("demo", "teacher", small_world)
-    recipe = worlds.Recipe(training.STUDENT, steps=2)
-    monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(teachers={"teacher": recipe}))
-    assert not training.has_teacher("demo", "teacher", small_world)
-
-
-def test_true_boxes_pull_where_the_boxes_of_the_detection_loss_do(
-    small_world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directions, "BATCHES", 2)
-    monkeypatch.setattr(directions, "BATCH", 8)
-    torch.manual_seed(0)
-    student = training.detector("demo", SMALL)
-    teacher = training.ready_teacher("demo", "teacher", small_world)
-    found = directions.directions(student, teacher, worlds.training_images("demo"))
-    assert set(directions.ASKED) < set(found)
-    assert all(length > 0 for length, *_ in found.values())
-    assert found["true boxes"][3] > 0.9 > found["boxes, through targets"][3]  # this teacher knows nothing
-
-
-# --------------------------------------------------------------------------------------------------------- comparison
-
-
-def made_rows(values: dict[tuple[str, int, int], float]) -> dict[rows.Run, rows.Row]:
-    """Rows of one world by setting, steps and seed, with a test AP."""
-    made = {rows.Run("shapes", *key): {"test_ap": value} for key, value in values.items()}
-    return {run: {**run._asdict(), **row} for run, row in made.items()}
-
-
-def test_gains_are_paired_by_seed() -> None:
-    values = {("alone", 2000, seed): ap for seed, ap in enumerate((50.0, 54.0, 58.0))}
-    values |= {("better", 2000, seed): ap for seed, ap in enumerate((53.0, 58.0, 63.0, 90.0))}
-    found = comparison.gain(made_rows(values), rows.Run("shapes", "better", 2000, 0))
-    assert (found.mean, found.deviation, found.count) == (4.0, 1.0, 3)
-    assert found.two_errors == pytest.approx(2 / 3**0.5)  # the fourth seed has no partner
-    assert found.verdict == "above"
-
-
-@pytest.mark.parametrize(
-    ("numbers", "verdict"),
-    [
-        ((1.0, 1.1), "too few seeds"),
-        ((1.0, 1.1, 0.9), "above"),
-        ((-1.0, -1.1, -0.9), "below"),
-        ((1.0, -1.0, 2.0), "not told apart"),
-    ],
-)
-def test_verdicts(numbers: tuple[float, ...], verdict: str) -> None:
-    assert comparison.sample(numbers).verdict == verdict
-
-
-def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
-    values = {("alone", 2000, 0): 50.0, ("alone", 8000, 0): 60.0, ("alone", 2000, 1): 50.0, ("twice", 2000, 0): 57.0}
-    values |= {("twice", 2000, 1): 58.0}  # whose student alone was not trained longer
-    run = rows.Run("shapes", "twice", 2000, 0)
-    found = comparison.gain_at_equal_time(made_rows(values), run, relative_time=2.0)
-    assert (found.mean, found.count) == (pytest.approx(2.0), 1)  # 4,000 steps are half of the way: 55
-    assert comparison.gain_at_equal_time(made_rows(values), run, relative_time=5.0) is None
-
-
-def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
-    norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
-    cosines = {"detection": [1.0, 1.0], "logits": [0.5, 0.25], "feature": [0.0, -0.5]}
-    other = {"norms": {**norms, "logits": [5.0, 0.0]}, "cosines": {**cosines, "logits": [0.1, 0.25]}}
-    found = [{"gradients": {"norms": norms, "cosines": cosines}}, {"gradients": other}]
-    assert comparison.gradient_of_term(found, "logits", 0) == pytest.approx(((1 / 6 + 0.5) / 2, 0.3))
-    assert comparison.gradient_of_term(found[:1], "feature", 1) == pytest.approx((0.25, -0.5))
-
-
-# --------------------------------------------------------------------------------------------------------------- page
-
-
-def test_page_and_figures_are_those_of_the_rows() -> None:
-    """They are generated: `python -m experiments.page`, in the folder `examples`."""
-    for name, piece in page.pieces().items():
-        assert piece == (page.DOCS / name).read_text(), f"{name} is not that of the rows: run the command above"
-
-
-def test_a_marker_is_replaced_by_what_its_function_says() -> None:
-    template = "a {{gain demo, controls | 5 | x}} b {{provenance}}"
-    assert page.filled(template, lambda *words: repr(words)) == (
-        "a ('gain', 'demo, controls', '5', 'x') b ('provenance',)"
-    )
-
-
-def test_a_figure_has_each_line_and_no_label_on_another() -> None:
-    lines = [plot.Line(name, [(1000, y, 1.0), (2000, y + 1, 0.5)]) for name, y in (("first", 50.0), ("second", 50.1))]
-    svg = ElementTree.fromstring(plot.line_plot("AP", "steps", lines, (1000, 2000)))
-    space = "{http://www.w3.org/2000/svg}"
-    assert len(svg.findall(f"{space}polyline")) == 2
-    heights = [float(label.get("y")) for label in svg.iter(f"{space}text") if label.text in ("first", "second")]
-    assert abs(heights[0] - heights[1]) >= 15
-
-
-# -------------------------------------------------------------------------------------------------------------- check
-
-
-def test_an_interval_is_where_99_of_100_further_values_fall() -> None:
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(4000, 6, generator=generator)
-    inside = 0
-    for *known, new in draws.tolist():
-        low, high = check.interval(comparison.sample(known))
-        inside += low <= new <= high
-    assert inside / len(draws) == pytest.approx(0.99, abs=0.006)

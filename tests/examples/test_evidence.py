@@ -1,0 +1,114 @@
+"""What the rows of the experiments say together, and the page that is written from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from experiments import check, comparison, directions, page, plot, rows, training, worlds
+
+from support.small_world import SMALL
+
+
+def test_true_boxes_pull_where_the_boxes_of_the_detection_loss_do(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directions, "BATCHES", 2)
+    monkeypatch.setattr(directions, "BATCH", 8)
+    torch.manual_seed(0)
+    student = training.detector("demo", SMALL)
+    teacher = training.ready_teacher("demo", "teacher", small_world)
+    found = directions.directions(student, teacher, worlds.training_images("demo"))
+    assert set(directions.ASKED) < set(found)
+    assert all(length > 0 for length, *_ in found.values())
+    assert found["true boxes"][3] > 0.9 > found["boxes, through targets"][3]  # this teacher knows nothing
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+def made_rows(values: dict[tuple[str, int, int], float]) -> dict[rows.Run, rows.Row]:
+    """Rows of one world by setting, steps and seed, with a test AP."""
+    made = {rows.Run("shapes", *key): {"test_ap": value} for key, value in values.items()}
+    return {run: {**run._asdict(), **row} for run, row in made.items()}
+
+
+def test_gains_are_paired_by_seed() -> None:
+    values = {("alone", 2000, seed): ap for seed, ap in enumerate((50.0, 54.0, 58.0))}
+    values |= {("better", 2000, seed): ap for seed, ap in enumerate((53.0, 58.0, 63.0, 90.0))}
+    found = comparison.gain(made_rows(values), rows.Run("shapes", "better", 2000, 0))
+    assert (found.mean, found.deviation, found.count) == (4.0, 1.0, 3)
+    assert found.two_errors == pytest.approx(2 / 3**0.5)  # the fourth seed has no partner
+    assert found.verdict == "above"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict"),
+    [
+        ((1.0, 1.1), "too few seeds"),
+        ((1.0, 1.1, 0.9), "above"),
+        ((-1.0, -1.1, -0.9), "below"),
+        ((1.0, -1.0, 2.0), "not told apart"),
+    ],
+)
+def test_verdicts(numbers: tuple[float, ...], verdict: str) -> None:
+    assert comparison.sample(numbers).verdict == verdict
+
+
+def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
+    values = {("alone", 2000, 0): 50.0, ("alone", 8000, 0): 60.0, ("alone", 2000, 1): 50.0, ("twice", 2000, 0): 57.0}
+    values |= {("twice", 2000, 1): 58.0}  # whose student alone was not trained longer
+    run = rows.Run("shapes", "twice", 2000, 0)
+    found = comparison.gain_at_equal_time(made_rows(values), run, relative_time=2.0)
+    assert (found.mean, found.count) == (pytest.approx(2.0), 1)  # 4,000 steps are half of the way: 55
+    assert comparison.gain_at_equal_time(made_rows(values), run, relative_time=5.0) is None
+
+
+def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
+    norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
+    cosines = {"detection": [1.0, 1.0], "logits": [0.5, 0.25], "feature": [0.0, -0.5]}
+    other = {"norms": {**norms, "logits": [5.0, 0.0]}, "cosines": {**cosines, "logits": [0.1, 0.25]}}
+    found = [{"gradients": {"norms": norms, "cosines": cosines}}, {"gradients": other}]
+    assert comparison.gradient_of_term(found, "logits", 0) == pytest.approx(((1 / 6 + 0.5) / 2, 0.3))
+    assert comparison.gradient_of_term(found[:1], "feature", 1) == pytest.approx((0.25, -0.5))
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def test_page_and_figures_are_those_of_the_rows() -> None:
+    """They are generated: `python -m experiments.page`, in the folder `examples`."""
+    for name, piece in page.pieces().items():
+        assert piece == (page.DOCS / name).read_text(), f"{name} is not that of the rows: run the command above"
+
+
+def test_a_marker_is_replaced_by_what_its_function_says() -> None:
+    template = "a {{gain demo, controls | 5 | x}} b {{provenance}}"
+    assert page.filled(template, lambda *words: repr(words)) == (
+        "a ('gain', 'demo, controls', '5', 'x') b ('provenance',)"
+    )
+
+
+def test_a_figure_has_each_line_and_no_label_on_another() -> None:
+    lines = [plot.Line(name, [(1000, y, 1.0), (2000, y + 1, 0.5)]) for name, y in (("first", 50.0), ("second", 50.1))]
+    svg = ElementTree.fromstring(plot.line_plot("AP", "steps", lines, (1000, 2000)))
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(svg.findall(f"{space}polyline")) == 2
+    heights = [float(label.get("y")) for label in svg.iter(f"{space}text") if label.text in ("first", "second")]
+    assert abs(heights[0] - heights[1]) >= 15
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_an_interval_is_where_99_of_100_further_values_fall() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, 6, generator=generator)
+    inside = 0
+    for *known, new in draws.tolist():
+        low, high = check.interval(comparison.sample(known))
+        inside += low <= new <= high
+    assert inside / len(draws) == pytest.approx(0.99, abs=0.006)
