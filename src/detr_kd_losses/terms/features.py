@@ -39,7 +39,7 @@ class FeatureTerm(Term):
             of the mask of the top-scored queries.
         normalize: What the mask of an image is divided by (:func:`target_aware_mask`). With ``"max"`` every image
             counts; None is the variant's own, for ``"paper"`` the 1 / M of Eq. 9.
-        relative: Whether the error is relative to that of features of 0 (:func:`target_aware_feature_loss`): a number
+        relative: Whether the error is measured by that of features of 0 (:func:`target_aware_feature_loss`): a number
             of the order of 1, whatever the scale of the features and the number of levels and teacher layers. False,
             with ``normalize=None``, is the sum of Eq. 9, or of the public code.
         gamma: Balance of score and IoU in the quality of ``"paper"``.

@@ -127,10 +127,15 @@ MUTANTS = [
     ),
     *faults(
         loss.target_aware_feature_loss,
-        ("cells of each replica", "sync=sync_normalizer", "sync=False", feature("replicas")),
+        ("cells of each replica", "replica_means(*divisors, sync=sync_normalizer)", "divisors", feature("replicas")),
         ("levels averaged", "in each]).sum()", "in each]).mean()", feature("levels_add")),
-        ("ratios added", "torch.stack(ratios).mean()", "torch.stack(ratios).sum()", relative("levels_repeat")),
-        ("at least one", "0.0 if relative else 1.0", "1.0", relative("any_scale")),
+    ),
+    *faults(
+        loss._relative_to,
+        ("ratios added", "log1p().mean()", "log1p().sum()", relative("levels_repeat")),
+        ("at least one", "[0.0] * len(sums)", "[1.0] * len(sums)", relative("any_scale")),
+        ("errors of each replica", "torch.stack(means[: len", "torch.stack(sums[: len", relative("replicas")),
+        ("natural logarithm", "/ math.log(2)", "/ 1.0", relative("blank_student")),
     ),
     *faults(
         loss._number,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .autodiff import Scalar, sigmoid, softmax, sqrt
+from .autodiff import Scalar, log, sigmoid, softmax, sqrt
 from .geometry import box_iou, over_images
 
 __all__ = [
@@ -138,8 +138,8 @@ def target_aware_feature_loss(
 ) -> Scalar:
     """Return the feature distillation loss of Eq. 9, summed over levels (B, D, H, W) and stages of queries.
 
-    The square is weighted by the paper's w, or by the square of the official s. Relative: the sum over stages, divided
-    by that of a student whose features are 0 (0 where that is 0), is averaged over levels.
+    The square is weighted by the paper's w, or by the square of the official s. Relative: log2(1 + r), with r the sum
+    over stages over that of a student whose features are 0 (0 where that is 0), is averaged over levels.
     """
     if isinstance(student_features, np.ndarray):
         student_features, teacher_features = [student_features], [teacher_features]
@@ -159,7 +159,7 @@ def target_aware_feature_loss(
         if not relative:
             total += error
         elif error_of_nothing > 0:
-            total += error / error_of_nothing / len(student_features)
+            total += log(1.0 + error / error_of_nothing) / np.log(2.0) / len(student_features)
     return total
 
 

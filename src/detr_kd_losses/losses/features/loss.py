@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,10 +61,12 @@ def target_aware_feature_loss(
     is of the order of a plain mean squared error, for each stage and level. With `relative` it is
 
     .. math::
-        L = \frac{\sum_{l, p} w_l(p) \| F_T(p) - F_S(p) \|^2}{\sum_{l, p} w_l(p) \| F_T(p) \|^2}
+        L = \log_2 \left( 1 +
+            \frac{\sum_{l, p} w_l(p) \| F_T(p) - F_S(p) \|^2}{\sum_{l, p} w_l(p) \| F_T(p) \|^2} \right)
 
     over stages `l` and the valid cells `p` of the batch, a mean over levels: 1 for a student whose features are 0, and
-    the same for any scale of the features and any number of stages and levels.
+    the same for any scale of the features and any number of stages and levels. The logarithm keeps a student whose
+    features are far larger than the teacher's from drowning all else.
 
     Args:
         student_features: (B, D, H, W), or a sequence of levels. For other channels or sizes than the teacher's see
@@ -73,7 +76,7 @@ def target_aware_feature_loss(
         quality: (B, M) or (L, B, M), from :func:`query_quality`.
         variant: ``"paper"`` or ``"official"``.
         normalize: See :func:`target_aware_mask`.
-        relative: Whether the error is divided by what it is for features of 0, instead of by the number of cells and
+        relative: Whether the error is measured by what it is for features of 0, instead of by the number of cells and
             channels. 0 where the teacher has no features of weight.
         padding_mask: (B, H, W) bool, True = a valid cell, or one per level. None: all valid.
         query_mask: (B, M) bool, True = a query, False = padding, which has no part. None: all are queries.
@@ -113,14 +116,22 @@ def target_aware_feature_loss(
         weight = _loss_weight(seen, number, cells, variant=variant, normalize=normalize)
         errors.append((seen.distance * weight).sum())
         divisors.append(_error_of_nothing(seen, weight, cells) if relative else _number(weight, cells))
-    floors = [0.0 if relative else 1.0] * len(levels)
-    means = replica_means(*divisors, sync=sync_normalizer, at_least=floors)
     if relative:
-        ratios = [error / mean.where(mean > 0, torch.inf) for error, mean in zip(errors, means, strict=True)]
-        return torch.stack(ratios).mean()
+        return _relative_to(divisors, errors, sync=sync_normalizer)
+    means = replica_means(*divisors, sync=sync_normalizer)
     channels = [max(level.student.shape[1], 1) for level in levels]
     each = zip(errors, means, channels, strict=True)
     return torch.stack([error / (count * width) for error, count, width in each]).sum()
+
+
+def _relative_to(divisors: list[Tensor], errors: list[Tensor], *, sync: bool) -> Tensor:
+    """The mean over levels of log2(1 + error / divisor), of sums over all replicas."""
+    sums = [total.detach() for total in (*errors, *divisors)]
+    means = replica_means(*sums, sync=sync, at_least=[0.0] * len(sums))
+    # The error of the whole batch, with the gradient of the part that is here.
+    whole = torch.stack(means[: len(errors)]) + torch.stack(errors) - torch.stack(sums[: len(errors)])
+    divisor = torch.stack(means[len(errors) :])
+    return (whole / divisor.where(divisor > 0, torch.inf)).log1p().mean() / math.log(2)
 
 
 def _number(weight: Tensor, valid: Tensor | None) -> Tensor:
