@@ -50,6 +50,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/matching_page.py
 	$(BIN)/python examples/benchmarks/criterion.py
 	$(BIN)/python examples/benchmarks/loss_memory.py
+	$(BIN)/python examples/benchmarks/term_costs.py
 	$(BIN)/python examples/benchmarks/feature_bandwidth.py
 	PYTHONPATH=examples $(BIN)/python examples/benchmarks/kd_cost_table.py
 	$(BIN)/python examples/benchmarks/offline.py
