@@ -44,7 +44,7 @@ class FeatureTerm(Term):
             with ``normalize=None``, is the sum of Eq. 9, or of the public code.
         gamma: Balance of score and IoU in the quality of ``"paper"``.
         topk: Number of scores that count in the quality of ``"official"``.
-        sync_normalizer: Whether what the error is divided by is averaged over replicas.
+        sync_normalizer: Whether the number of images, or of valid cells, is averaged over replicas.
 
     Examples:
         >>> FeatureTerm([64, 128], [256, 256]).names
