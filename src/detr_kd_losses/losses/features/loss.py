@@ -114,7 +114,7 @@ def target_aware_feature_loss(
         seen = compare(student, teacher, valid, summary)
         cells = None if valid is None else valid.flatten(1)
         weight = _loss_weight(seen, number, cells, variant=variant, normalize=normalize)
-        error = (seen.distance * weight).sum(-1)
+        error = seen.distance * weight
         errors.append((_relative(error, seen, weight, cells) if relative else error).sum())
         count = weight.shape[0] if relative else weight.numel()
         counts.append(weight.new_full((), count) if relative or cells is None else cells.sum().to(weight.dtype))
@@ -127,10 +127,10 @@ def target_aware_feature_loss(
 
 
 def _relative(error: Tensor, seen: Comparison, weight: Tensor, valid: Tensor | None) -> Tensor:
-    """log2(1 + error / that of a student whose features are 0), of each image (B,)."""
+    """log2(1 + error / that of a student whose features are 0) of each image (B,), from errors (B, H*W)."""
     square = seen.square if valid is None else seen.square.where(valid, 0.0)
     nothing = (weight * square).sum(-1)
-    return (error / nothing.where(nothing > 0, torch.inf)).log1p() / math.log(2)
+    return (error.sum(-1) / nothing.where(nothing > 0, torch.inf)).log1p() / math.log(2)
 
 
 @torch.no_grad()
