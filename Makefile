@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Many small operations: a second thread per process would only wait for the first.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lanes wheel lint docs bench clean
+.PHONY: help demo test trainers lanes wheel lint docs bench clean
 
 help:
 	@echo "make demo   distil a small detector, print a table, draw toy_distillation.png"
 	@echo "make test   run all tests"
+	@echo "make trainers  test in RF-DETR, pydfine and Ultralytics as they are published: half a gigabyte"
 	@echo "make lanes  run the core tests on the lowest, the pinned and the newest versions: gigabytes"
 	@echo "make wheel  build what a release uploads, and use it as a newcomer would"
 	@echo "make lint   ruff, mypy, import-linter"
@@ -28,6 +29,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+trainers: $(VENV)/.installed-test
+	tests/trainers.sh $(BIN)/python
 
 lanes:
 	tests/lanes.sh
@@ -50,6 +54,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/matching_page.py
 	$(BIN)/python examples/benchmarks/criterion.py
 	$(BIN)/python examples/benchmarks/loss_memory.py
+	$(BIN)/python examples/benchmarks/term_costs.py
 	$(BIN)/python examples/benchmarks/feature_bandwidth.py
 	PYTHONPATH=examples $(BIN)/python examples/benchmarks/kd_cost_table.py
 	$(BIN)/python examples/benchmarks/offline.py

@@ -22,6 +22,7 @@ sys.path.insert(0, "")
 package = "engine" if Path("engine").is_dir() else "src"  # DEIM's name for it
 YAMLConfig = importlib.import_module(f"{package}.core").YAMLConfig
 TASKS = importlib.import_module(f"{package}.solver").TASKS
+load_config = importlib.import_module(f"{package}.core.yaml_utils").load_config
 
 
 class DistillingSolver(TASKS["detection"]):
@@ -29,6 +30,7 @@ class DistillingSolver(TASKS["detection"]):
 
     def _setup(self) -> None:
         super()._setup()
+        load_config.__defaults__ = ({},)  # a second configuration would go on with the options of the first
         config = YAMLConfig(os.environ["TEACHER_CONFIG"])
         for backbone in {"PResNet", "HGNetv2"} & config.yaml_cfg.keys():
             config.yaml_cfg[backbone]["pretrained"] = False

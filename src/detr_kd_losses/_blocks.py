@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 __all__: list[str] = []
 
@@ -24,6 +24,7 @@ RECOMPUTED = 2**18
 RECOMPUTED_ON_GPU = 2**22
 RECOMPUTED_SHARE = 8
 RECOMPUTED_AT_LEAST = 2**12
+CACHE_LINE = 32  # entries in half precision
 # Rows of a form that are multiplied at a time: fewer leave out more of the lower triangle, more make better products.
 FORM_ROWS = 64
 
@@ -44,13 +45,43 @@ def slices(stop: int, size: int, start: int = 0) -> list[slice]:
 
 def recompute(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """``function(*tensors)``, which keeps nothing for the backward pass but `tensors`, and is called again there."""
-    # A compiler chooses itself what to keep, and transforms of torch.func keep everything.
+    # A compiler chooses itself what to keep, and transforms of torch.func, which forbid hooks, keep everything.
     if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return function(*tensors)
-    result: Tensor = checkpoint(
-        function, *tensors, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
+    result: Tensor = _Recomputed.apply(function, *tensors)  # type: ignore[no-untyped-call]
     return result
+
+
+class _Recomputed(torch.autograd.Function):
+    """What PyTorch's own checkpoint does, which loads the compiler at its first call, a second and 70 MB."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        ctx.function = function
+        # Autograd refuses to save what was made in inference mode.
+        ctx.unsaved = [tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors]
+        ctx.save_for_backward(
+            *(tensor if other is None else None for tensor, other in zip(tensors, ctx.unsaved, strict=True))
+        )
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated, too
+        inputs = [
+            tensor if other is None else other.clone()
+            for tensor, other in zip(ctx.saved_tensors, ctx.unsaved, strict=True)
+        ]
+        needed = [place for place, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        for place in needed:
+            inputs[place] = inputs[place] if again else inputs[place].detach().requires_grad_()
+        with torch.enable_grad():
+            result = ctx.function(*inputs)
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        found = torch.autograd.grad(result, [inputs[place] for place in needed], grad, create_graph=again)
+        for place, gradient in zip(needed, found, strict=True):
+            gradients[place] = gradient
+        return None, *gradients
 
 
 def recompute_queries(
@@ -83,6 +114,9 @@ def cut_features(features: Tensor, dim: int) -> list[Tensor]:
     """Parts of features (B, D, cells) along `dim`, 1 or 2, to be computed again one by one; one if they are small."""
     length = features.shape[dim]
     some = max(1, _recomputed_at_once(features) * length // max(1, features.numel()))
+    if features.stride(dim) == 1:
+        # What is inner in memory comes in whole cache lines.
+        some = max(some, min(CACHE_LINE, length // RECOMPUTED_SHARE))
     whole = torch.compiler.is_compiling() or some >= length
     return [features] if whole else list(torch.split(features, some, dim))
 

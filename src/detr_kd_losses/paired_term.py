@@ -59,6 +59,19 @@ class PairedTerm(Term):
         match = self._match_through_targets if self.matching == "targets" else self._match_directly
         return Pairing(match(step, teacher, assigned), positive, None if weight is None else select(weight))
 
+    def leave_out_the_single(self, step: Step, assignment: Tensor, *students: Tensor) -> list[Tensor]:
+        """`assignment` (L, B, N) and what `students` (L, B, N, ...) say, of as many queries as can have a partner."""
+        most = step.targets.mask.shape[-1]
+        through_targets = self.matching == "targets" and self.negatives != "by_box"
+        # What does not fit is for the loss to name.
+        fit = all(student.shape[:3] == assignment.shape for student in students)
+        if not through_targets or not fit or most >= assignment.shape[-1]:
+            return [assignment, *students]
+        chosen = (assignment >= 0).int().topk(most).indices
+        said = [gather_partners(student.flatten(3), chosen) for student in students]
+        shapes = [(*chosen.shape, *student.shape[3:]) for student in students]
+        return [gather_partners(assignment, chosen), *map(Tensor.reshape, said, shapes)]
+
     def _weigh(self, step: Step) -> Tensor | None:
         """How much each teacher query (L_T, B, M) counts; None: all the same."""
         boxes, targets, head = step.teacher.boxes, step.known_targets, {"activation": step.heads.teacher}

@@ -68,6 +68,23 @@ def test_masks_of_another_size(cells):
     assert_close(losses, {"loss_kd_mask": expected})
 
 
+@pytest.mark.parametrize("padded", [1, 3, 12])
+@pytest.mark.parametrize("term", [dkl.MaskTerm, dkl.BoxDistributionTerm])
+def test_only_queries_that_can_have_a_partner_are_compared(term, padded, monkeypatch):
+    """With fewer targets than queries, and with more: the gradients are those of all queries."""
+    student, teacher, _ = steps(mask_size=(3, 4), bins=5)
+    targets = make_targets((min(padded, 3), 1), padded)
+    wrt = student.masks if term is dkl.MaskTerm else student.distributions.logits
+    results = []
+    for everyone in (False, True):
+        if everyone:
+            monkeypatch.setattr(term, "leave_out_the_single", lambda self, step, *said: list(said))
+        losses = distil(term(), student, teacher, targets)
+        results.append((losses, torch.autograd.grad(sum(losses.values()), wrt)))
+    assert_close(*results)
+    assert results[0][1][0].any()
+
+
 @pytest.mark.parametrize(
     ("options", "field", "term"),
     [({"mask_size": (3, 4)}, "masks", dkl.MaskTerm), ({"bins": 5}, "distributions", dkl.BoxDistributionTerm)],
@@ -101,6 +118,14 @@ def test_one_layer_needs_no_dimension_of_layers(options, field, term):
     )
     flat = [output._replace(logits=output.logits[0], boxes=output.boxes[0]) for output in flat]
     assert_close(distil(term(), *flat, targets), distil(term(), *layered, targets))
+
+
+@pytest.mark.parametrize("number", [6, 8])
+def test_another_number_of_queries_is_named(number):
+    student, teacher, targets = steps(mask_size=(3, 4))
+    masks = torch.rand(3, 2, number, 3, 4)
+    with pytest.raises(ValueError, match=r"`assignment` and `student_masks` must have the same dimensions \(..., N\)"):
+        distil(dkl.MaskTerm(), student._replace(masks=masks), teacher, targets)
 
 
 def test_distributions_are_a_record():

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import Tap
+from detr_kd_losses.taps import QueryProjection, Tap, random_queries
 from hf_transformers.classes import distillation_loss
 
 from support import zoo
@@ -39,6 +39,30 @@ def test_another_depth_and_other_bins(family: str) -> None:
     gradients = [parameter.grad for parameter in student.model.decoder.parameters() if parameter.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@families
+@pytest.mark.parametrize("queries", ["own", "random"])
+def test_another_width_too(family: str, queries: str) -> None:
+    """Queries that run through both decoders reach a narrower student by a learned map."""
+    teacher = zoo.build(family, seed=1)
+    student = zoo.build(family, width=zoo.WIDTH // 2, decoder_layers=2, max_num_bins=16)
+    projection = QueryProjection(student, teacher)
+    with torch.no_grad(), Tap(teacher) as teacher_tap:
+        teacher(**zoo.images(teacher))
+    group = teacher_tap.query_group()
+    if queries == "random":
+        group = random_queries(group, 5)
+    taught = teacher_tap.output(group=group if queries == "random" else None)
+    _, output = tapped(student, group=projection(group))
+    terms = [dkl.BoxDistributionTerm(weighting="uniform"), dkl.SharedQueryTerm()]
+    losses = distillation_loss(student, teacher, terms=terms)(output, taught, dkl.pad_targets(zoo.labels()))
+    assert all(loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    for module in (student.model.decoder, projection):
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @families

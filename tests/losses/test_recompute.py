@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -29,21 +31,22 @@ LOSSES = {
 }
 
 
+def make(name, dtype=torch.float64):
+    """A loss as a function of what the student says, and what it says; of levels, the first."""
+    function, case, student = LOSSES[name]
+    arguments = {
+        key: [level.detach() for level in value] if isinstance(value, list) else value.detach()
+        for key, value in to_tensors(case, dtype).items()
+    }
+    values = arguments.pop(student)
+    if not isinstance(values, list):
+        return lambda value: function(**{student: value}, **arguments), values
+    return lambda level: function(**{student: [level, *values[1:]]}, **arguments), values[0]
+
+
 @pytest.fixture(params=LOSSES, name="given")
 def one_loss(request):
-    """A loss as a function of what the student says, and what it says."""
-    function, case, name = LOSSES[request.param]
-    arguments = to_tensors(case)
-    values = arguments.pop(name)
-    others = {
-        key: [x.detach() for x in value] if isinstance(value, list) else value.detach()
-        for key, value in arguments.items()
-    }
-    if not isinstance(values, list):
-        return lambda value: function(**{name: value}, **others), values.detach()
-
-    # The first level; the others are those of the case.
-    return lambda level: function(**{name: [level, *(x.detach() for x in values[1:])]}, **others), values[0].detach()
+    return make(request.param)
 
 
 def take_at_once(monkeypatch, entries):
@@ -110,10 +113,30 @@ def test_one_graph_for_a_compiler(given, small_parts):
     assert_close(value_and_gradient(compiled, values), value_and_gradient(loss, values))
 
 
-def test_autocast_is_that_of_the_forward_pass(given, small_parts):
-    loss, values = given
-    expected = value_and_gradient(loss, values.float())
-    values = values.float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        value = loss(values)
-    assert_close((value.detach(), *torch.autograd.grad(value, values)), expected)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(name, dtype, small_parts):
+    loss, values = make(name, torch.float32)
+    expected = value_and_gradient(loss, values)
+    with torch.autocast("cpu", dtype):
+        actual = value_and_gradient(loss, values)
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_of_inference_mode(name, small_parts):
+    loss, values = make(name)
+    with torch.inference_mode():
+        inferred, _ = make(name)
+    assert_close(value_and_gradient(inferred, values), value_and_gradient(loss, values), rtol=0, atol=0)
+
+
+def test_loads_no_compiler():
+    """PyTorch's own checkpoint would."""
+    code = """if True:
+        import sys, torch, detr_kd_losses as dkl
+        features = torch.randn(1, 3, 90, 90, requires_grad=True)
+        dkl.feature_distillation_loss(features, features.detach() + 1).backward()
+        print("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.split() == [b"False"]

@@ -237,7 +237,7 @@ FEATURES = Loss(
         "relative": False,
         "gamma": 0.25,
         "topk": (5, {"variant": "official"}),
-        "sync_normalizer": False,
+        "sync_normalizer": (False, {"relative": False}),
     },
     wrt=("student_features",),
     trials={

@@ -1,10 +1,13 @@
 """Read what distillation needs from the detectors that people train: hooks around a forward pass, no change to code.
 
-with torch.no_grad(), Tap(teacher) as teacher_tap:
-teacher(images)
-with Tap(student) as student_tap:
-outputs = student(images, targets)
-losses = criterion(student_tap.output(group=teacher_tap.query_group()), teacher_tap.output(), pad_targets(targets))
+::
+
+    with torch.no_grad(), Tap(teacher) as teacher_tap:
+        teacher(images)
+    with Tap(student) as student_tap:
+        outputs = student(images, targets)
+    group = teacher_tap.query_group()
+    losses = criterion(student_tap.output(group=group), teacher_tap.output(), pad_targets(targets))
 """
 
 from detr_kd_losses.taps.coco import COCO_CATEGORY_IDS, coco_class_map

@@ -36,7 +36,7 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         """The line."""
         mark = {True: "ok", False: "WRONG", None: ""}[self.right]
-        return f"{mark:6}{self.what:28}{self.seen}"
+        return f"{mark:6}{self.what:32}{self.seen}"
 
 
 @torch.no_grad()

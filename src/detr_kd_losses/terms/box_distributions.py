@@ -86,12 +86,14 @@ class BoxDistributionTerm(PairedTerm):
         """Match student to teacher queries and distil."""
         student, teacher = (BoxDistributions(*each) for each in step.given_by_both("distributions"))
         pairing = self.pair(step)
+        said = pairing.assignment, student.logits, student.references
+        assignment, logits, references = self.leave_out_the_single(step, *said)
         loss = box_distribution_loss(
-            student.logits,
-            student.references,
+            logits,
+            references,
             self.in_students_depth(step, teacher.logits),
             self.in_students_depth(step, teacher.references),
-            pairing.assignment,
+            assignment,
             student_bins=student.bins,
             teacher_bins=teacher.bins,
             student_scale=student.scale,

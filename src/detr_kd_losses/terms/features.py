@@ -39,12 +39,12 @@ class FeatureTerm(Term):
             of the mask of the top-scored queries.
         normalize: What the mask of an image is divided by (:func:`target_aware_mask`). With ``"max"`` every image
             counts; None is the variant's own, for ``"paper"`` the 1 / M of Eq. 9.
-        relative: Whether the error is relative to that of features of 0 (:func:`target_aware_feature_loss`): a number
+        relative: Whether the error is measured by that of features of 0 (:func:`target_aware_feature_loss`): a number
             of the order of 1, whatever the scale of the features and the number of levels and teacher layers. False,
             with ``normalize=None``, is the sum of Eq. 9, or of the public code.
         gamma: Balance of score and IoU in the quality of ``"paper"``.
         topk: Number of scores that count in the quality of ``"official"``.
-        sync_normalizer: Whether what the error is divided by is averaged over replicas.
+        sync_normalizer: Whether the number of images, or of valid cells, is averaged over replicas.
 
     Examples:
         >>> FeatureTerm([64, 128], [256, 256]).names

@@ -90,11 +90,12 @@ class MaskTerm(PairedTerm):
         """Match student to teacher queries and distil."""
         student, teacher = step.given_by_both("masks")
         pairing = self.pair(step)
+        assignment, student = self.leave_out_the_single(step, pairing.assignment, student)
         boxes = self.in_students_depth(step, step.teacher.boxes) if self.cells == "boxes" else None
         loss = mask_distillation_loss(
             student,
             self.in_students_depth(step, teacher),
-            pairing.assignment,
+            assignment,
             boxes=boxes,
             teacher_weight=pairing.weight,
             **{name: self.call_options[name] for name in RULES},

@@ -14,24 +14,25 @@ from detr_kd_losses.testing import loss_laws as laws
 from detr_kd_losses.testing.arguments import Arguments
 from detr_kd_losses.testing.law import Function, law, laws_by_name
 from detr_kd_losses.testing.makers import feature_arguments
-from detr_kd_losses.testing.requirements import require_equal
+from detr_kd_losses.testing.requirements import add_terms, require_equal
 from detr_kd_losses.testing.signatures import FEATURES
 
 __all__ = ["RELATIVE_FEATURE_LAWS"]
 
 
-@law("any_scale", "the scale of the features does not matter")
+@law("any_scale", "the scale of the features of an image does not matter")
 def any_scale(loss: Function, arguments: Arguments) -> None:
-    for factor in (1e-3, 50.0):
-        scaled = {name: factor * arguments[name] for name in ("student_features", "teacher_features")}
-        require_equal(arguments.replaced(**scaled).terms(loss), arguments.terms(loss))
+    factors = 10.0 ** torch.linspace(-3, 2, arguments.size("B")).reshape(-1, 1, 1, 1)
+    scaled = {name: factors * arguments[name] for name in ("student_features", "teacher_features")}
+    require_equal(arguments.replaced(**scaled).terms(loss), arguments.terms(loss))
 
 
-@law("blank_student", "a student whose features are 0 has loss 1, or 0 where no cell of the teacher counts")
+@law("blank_student", "a student whose features are 0 has loss 1 in an image, or 0 where no cell of the teacher counts")
 def blank_student(loss: Function, arguments: Arguments) -> None:
     blank = arguments.replaced(student_features=torch.zeros_like(arguments["student_features"]))
-    terms = blank.terms(loss)
-    require_equal(terms, {name: (term > 0.5).to(term.dtype) for name, term in terms.items()})
+    for image in range(arguments.size("B")):
+        terms = blank.taken("B", [image]).terms(loss)
+        require_equal(terms, {name: (term > 0.5).to(term.dtype) for name, term in terms.items()})
 
 
 @law("stages_repeat", "decoder layers that repeat each other change nothing")
@@ -46,10 +47,12 @@ def levels_repeat(loss: Function, arguments: Arguments) -> None:
     require_equal(pyramid.terms(loss), arguments.terms(loss))
 
 
-@law("images_repeat", "images that repeat each other change nothing")
-def images_repeat(loss: Function, arguments: Arguments) -> None:
-    images = list(range(arguments.size("B")))
-    require_equal(arguments.taken("B", images + images).terms(loss), arguments.terms(loss))
+@law("images_mean", "a batch is the mean of its images")
+def images_mean(loss: Function, arguments: Arguments) -> None:
+    images = [arguments.taken("B", [image]) for image in range(arguments.size("B"))]
+    require_equal(
+        add_terms((image.terms(loss) for image in images), [1 / len(images)] * len(images)), arguments.terms(loss)
+    )
 
 
 _OF_SUMS = ("images_average", "stages_add", "levels_add")
@@ -62,5 +65,5 @@ RELATIVE_FEATURE_LAWS = laws_by_name(
     blank_student,
     stages_repeat,
     levels_repeat,
-    images_repeat,
+    images_mean,
 )

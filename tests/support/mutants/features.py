@@ -127,19 +127,18 @@ MUTANTS = [
     ),
     *faults(
         loss.target_aware_feature_loss,
-        ("cells of each replica", "sync=sync_normalizer", "sync=False", feature("replicas")),
+        ("cells of each replica", "replica_means(*counts, sync=sync_normalizer)", "counts", feature("replicas")),
+        ("images of each replica", "replica_means(*counts, sync=sync_normalizer)", "counts", relative("replicas")),
         ("levels averaged", "in each]).sum()", "in each]).mean()", feature("levels_add")),
-        ("ratios added", "torch.stack(ratios).mean()", "torch.stack(ratios).sum()", relative("levels_repeat")),
-        ("at least one", "0.0 if relative else 1.0", "1.0", relative("any_scale")),
+        ("ratios added", "strict=True)]).mean()", "strict=True)]).sum()", relative("levels_repeat")),
+        ("padding cells count", "cells.sum()", "torch.ones_like(cells).sum()", feature("cell_padding")),
+        ("images added", "weight.shape[0] if relative", "1 if relative", relative("images_mean")),
     ),
     *faults(
-        loss._number,
-        ("padding cells count", "valid.sum()", "torch.ones_like(valid).sum()", feature("cell_padding")),
-    ),
-    *faults(
-        loss._error_of_nothing,
+        loss._relative,
         ("padding has features", "if valid is None else", "if True else", relative("cell_padding")),
         ("teacher unweighted", "(weight *", "(torch.ones_like(weight) *", relative("blank_student")),
+        ("natural logarithm", "/ math.log(2)", "/ 1.0", relative("blank_student")),
     ),
     *faults(
         loss._loss_weight,

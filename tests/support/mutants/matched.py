@@ -9,10 +9,12 @@ import detr_kd_losses as dkl
 from detr_kd_losses.losses import masks
 from detr_kd_losses.losses.box_distributions import bins
 from detr_kd_losses.losses.box_distributions import loss as distributions
+from detr_kd_losses.paired_term import PairedTerm
 from detr_kd_losses.testing.pair_makers import BINS, SCALE, make_box_distribution_arguments, make_mask_arguments
 
 from support import cases, oracles
 from support.mutants.mutant import faults, law_of, oracle
+from support.steps import make_output, make_targets
 
 SIZE = {"stages": 2, "images": 2, "students": 5, "teachers": 6}
 BOXES = make_box_distribution_arguments(weighted=True, **SIZE)
@@ -44,7 +46,23 @@ def other_size(max_examples):
     np.testing.assert_allclose(actual, oracles.mask_distillation_loss(**case), rtol=1e-9)
 
 
+def only_the_paired(max_examples):
+    """A term that compares the queries which can have a partner has the loss of all."""
+    student, teacher = (make_output(seed, 2, 7, mask_size=(3, 4)) for seed in (0, 1))
+    targets = make_targets()
+    own, assigned = (dkl.match_targets(said.logits, said.boxes, *targets) for said in (student, teacher))
+    pairs = dkl.match_through_targets(own, assigned, targets.mask.shape[-1])
+    expected = dkl.mask_distillation_loss(student.masks, teacher.masks, pairs, boxes=teacher.boxes)
+    losses = dkl.DETRDistillationLoss([dkl.MaskTerm()])(student, teacher, targets)
+    np.testing.assert_allclose(losses["loss_kd_mask"], expected, rtol=1e-5)
+
+
 MUTANTS = [
+    *faults(
+        PairedTerm.leave_out_the_single,
+        ("those that have no partner", "(assignment >= 0).int()", "(assignment < 0).int()", only_the_paired),
+        ("one too few", "topk(most)", "topk(most - 2)", only_the_paired),
+    ),
     *faults(
         dkl.mask_distillation_loss,
         ("masks without T squared", "teachers) * temperature**2", "teachers)", mask_value),

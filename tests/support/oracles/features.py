@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .autodiff import Scalar, sigmoid, softmax, sqrt
+from .autodiff import Scalar, log, sigmoid, softmax, sqrt
 from .geometry import box_iou, over_images
 
 __all__ = [
@@ -116,13 +116,13 @@ def target_aware_mask(
     return _mask_of_image(features, queries, quality, padding_mask, variant=variant, normalize=normalize)
 
 
-def _level_loss(student: np.ndarray, teacher: np.ndarray, weight: np.ndarray, valid: np.ndarray) -> Scalar:
-    """Return sum_p weight(p) |F_T(p) - F_S(p)|^2 / (D * number of valid cells)."""
+def _weighted_squares(student: np.ndarray, teacher: np.ndarray, weight: np.ndarray, valid: np.ndarray) -> Scalar:
+    """Return sum_p weight(p) |F_T(p) - F_S(p)|^2 over the valid cells of one image."""
     total: Scalar = 0.0
-    for b, y, x in zip(*np.nonzero(valid), strict=True):
-        squares = [(t - s) ** 2 for s, t in zip(student[b, :, y, x], teacher[b, :, y, x], strict=True)]
-        total += weight[b, y, x] * sum(squares)
-    return total / (student.shape[1] * max(valid.sum(), 1))
+    for y, x in zip(*np.nonzero(valid), strict=True):
+        squares = [(t - s) ** 2 for s, t in zip(student[:, y, x], teacher[:, y, x], strict=True)]
+        total += weight[y, x] * sum(squares)
+    return total
 
 
 def target_aware_feature_loss(
@@ -138,8 +138,9 @@ def target_aware_feature_loss(
 ) -> Scalar:
     """Return the feature distillation loss of Eq. 9, summed over levels (B, D, H, W) and stages of queries.
 
-    The square is weighted by the paper's w, or by the square of the official s. Relative: the sum over stages, divided
-    by that of a student whose features are 0 (0 where that is 0), is averaged over levels.
+    The square is weighted by the paper's w, or by the square of the official s. Relative: of each image log2(1 + r),
+    with r the sum over stages over that of a student whose features are 0 (0 where that is 0), a mean over images and
+    levels.
     """
     if isinstance(student_features, np.ndarray):
         student_features, teacher_features = [student_features], [teacher_features]
@@ -150,16 +151,18 @@ def target_aware_feature_loss(
     for level, (student, teacher) in enumerate(zip(student_features, teacher_features, strict=True)):
         cells = (student.shape[0], *student.shape[2:])
         valid = np.ones(cells, dtype=bool) if padding_mask is None else padding_mask[level]
-        error, error_of_nothing = 0.0, 0.0
+        weights = []
         for queries, q in zip(teacher_queries, quality, strict=True):
             mask = target_aware_mask(teacher, queries, q, variant=variant, normalize=normalize, padding_mask=valid)
-            weight = mask if variant == "paper" else mask**2
-            error += _level_loss(student, teacher, weight, valid)
-            error_of_nothing += _level_loss(np.zeros_like(teacher), teacher, weight, valid)
-        if not relative:
-            total += error
-        elif error_of_nothing > 0:
-            total += error / error_of_nothing / len(student_features)
+            weights.append(mask if variant == "paper" else mask**2)
+        weight = sum(weights, np.zeros(cells))
+        for image in range(len(teacher)):
+            one = teacher[image], weight[image], valid[image]
+            error = _weighted_squares(student[image], *one)
+            if not relative:
+                total += error / (teacher.shape[1] * max(valid.sum(), 1))
+            elif (nothing := _weighted_squares(np.zeros_like(teacher[image]), *one)) > 0:
+                total += log(1.0 + error / nothing) / np.log(2.0) / (len(teacher) * len(student_features))
     return total
 
 

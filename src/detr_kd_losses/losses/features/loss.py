@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,10 +61,12 @@ def target_aware_feature_loss(
     is of the order of a plain mean squared error, for each stage and level. With `relative` it is
 
     .. math::
-        L = \frac{\sum_{l, p} w_l(p) \| F_T(p) - F_S(p) \|^2}{\sum_{l, p} w_l(p) \| F_T(p) \|^2}
+        L = \log_2 \left( 1 +
+            \frac{\sum_{l, p} w_l(p) \| F_T(p) - F_S(p) \|^2}{\sum_{l, p} w_l(p) \| F_T(p) \|^2} \right)
 
-    over stages `l` and the valid cells `p` of the batch, a mean over levels: 1 for a student whose features are 0, and
-    the same for any scale of the features and any number of stages and levels.
+    over stages `l` and the valid cells `p` of an image, a mean over images and levels: 1 for a student whose features
+    are 0, and the same for any scale of the features and any number of stages and levels. The logarithm keeps a student
+    whose features are far larger than the teacher's from drowning all else.
 
     Args:
         student_features: (B, D, H, W), or a sequence of levels. For other channels or sizes than the teacher's see
@@ -73,12 +76,12 @@ def target_aware_feature_loss(
         quality: (B, M) or (L, B, M), from :func:`query_quality`.
         variant: ``"paper"`` or ``"official"``.
         normalize: See :func:`target_aware_mask`.
-        relative: Whether the error is divided by what it is for features of 0, instead of by the number of cells and
+        relative: Whether the error is measured by what it is for features of 0, instead of by the number of cells and
             channels. 0 where the teacher has no features of weight.
         padding_mask: (B, H, W) bool, True = a valid cell, or one per level. None: all valid.
         query_mask: (B, M) bool, True = a query, False = padding, which has no part. None: all are queries.
-        sync_normalizer: Whether what the error is divided by is averaged over replicas when torch.distributed is
-            initialised and gradients are enabled.
+        sync_normalizer: Whether the number of valid cells, or of images, is averaged over replicas when
+            torch.distributed is initialised and gradients are enabled.
 
     Returns:
         A scalar.
@@ -106,31 +109,28 @@ def target_aware_feature_loss(
     queries, quality, number = without_padding("teacher_queries", *said, query_mask)
     # A map that is divided by M alone is a sum over queries, and its sum over stages is one over all their queries.
     summary = summarize_queries(queries, quality, variant, add_stages=normalize == "queries")
-    errors, divisors = [], []
+    errors, counts = [], []
     for student, teacher, _, valid in levels:
         seen = compare(student, teacher, valid, summary)
         cells = None if valid is None else valid.flatten(1)
         weight = _loss_weight(seen, number, cells, variant=variant, normalize=normalize)
-        errors.append((seen.distance * weight).sum())
-        divisors.append(_error_of_nothing(seen, weight, cells) if relative else _number(weight, cells))
-    floors = [0.0 if relative else 1.0] * len(levels)
-    means = replica_means(*divisors, sync=sync_normalizer, at_least=floors)
+        error = seen.distance * weight
+        errors.append((_relative(error, seen, weight, cells) if relative else error).sum())
+        count = weight.shape[0] if relative else weight.numel()
+        counts.append(weight.new_full((), count) if relative or cells is None else cells.sum().to(weight.dtype))
+    means = replica_means(*counts, sync=sync_normalizer)
     if relative:
-        ratios = [error / mean.where(mean > 0, torch.inf) for error, mean in zip(errors, means, strict=True)]
-        return torch.stack(ratios).mean()
+        return torch.stack([error / count for error, count in zip(errors, means, strict=True)]).mean()
     channels = [max(level.student.shape[1], 1) for level in levels]
     each = zip(errors, means, channels, strict=True)
     return torch.stack([error / (count * width) for error, count, width in each]).sum()
 
 
-def _number(weight: Tensor, valid: Tensor | None) -> Tensor:
-    """How many cells count."""
-    return weight.new_full((), weight.numel()) if valid is None else valid.sum().to(weight.dtype)
-
-
-def _error_of_nothing(seen: Comparison, weight: Tensor, valid: Tensor | None) -> Tensor:
-    """The weighted squared distance of a student whose features are 0."""
-    return (weight * (seen.square if valid is None else seen.square.where(valid, 0.0))).sum()
+def _relative(error: Tensor, seen: Comparison, weight: Tensor, valid: Tensor | None) -> Tensor:
+    """log2(1 + error / that of a student whose features are 0) of each image (B,), from errors (B, H*W)."""
+    square = seen.square if valid is None else seen.square.where(valid, 0.0)
+    nothing = (weight * square).sum(-1)
+    return (error.sum(-1) / nothing.where(nothing > 0, torch.inf)).log1p() / math.log(2)
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ class TargetAwareFeatureLoss(OptionModule):
         variant: ``"paper"`` or ``"official"``.
         normalize: What the map is divided by (:func:`target_aware_mask`).
         relative: Whether the error is relative to that of features of 0.
-        sync_normalizer: Whether what the error is divided by is averaged over replicas.
+        sync_normalizer: Whether the number of valid cells, or of images, is averaged over replicas.
 
     Examples:
         >>> loss = TargetAwareFeatureLoss(4, 8)
