@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from model import TinyDETR
-from runs import STUDENT
-from shapes import ShapeImages
+from runs import STUDENT, TEACHER
+from shapes import ShapeImages, make_shapes
 from torch import Tensor
-from train import History, Losses, Teacher, evaluate, predict, train
+from train import History, Losses, Teacher, evaluate, predict, step_losses, train
 
 import detr_kd_losses as dkl
 from experiments.rows import Row, Run
@@ -72,6 +72,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         "seconds": rounded(history.seconds),
         "curve": curve(history),
         "gradients": gradients,
+        "fingerprint": fingerprint(run.setting),
         "matched_iou": matched_iou(model, training_images(run.world)),
         "teacher": teacher_facts(run.world, setting.teacher, cache) if teacher else None,
     }
@@ -123,6 +124,33 @@ def gradient(loss: Tensor, model: TinyDETR) -> Tensor:
 def sum_of(losses: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     """Return the sum of those losses that there are: a term that is at rest may have none."""
     return sum((losses[name] for name in names if name in losses), start=torch.zeros(()))
+
+
+def fingerprint(name: str) -> dict[str, float]:
+    """Return the losses of a setting on a few images, by detectors with random weights, in the middle of its schedules.
+
+    They tell whether a setting still is what it was when a row was made of it.
+    """
+    setting, images = SETTINGS[name], make_shapes(8, 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student, model = (with_random_weights("demo", kind) for kind in (STUDENT, TEACHER))
+        criterion = dkl.DETRDistillationLoss({key: part.make() for key, part in setting.parts.items()})
+        teacher = Teacher.from_model(model, images)
+        if setting.change is not None:
+            teacher = setting.change(teacher, criterion.terms)
+        weight_setter(criterion, setting.parts)(0.4)
+        losses = step_losses(student, images, torch.arange(8), teacher, criterion if setting.parts else None)
+    values = {"detection": losses.detection, **losses.distillation}
+    return {name: rounded(value.item()) for name, value in values.items()}
+
+
+def with_random_weights(world: str, kind: dict[str, Any]) -> TinyDETR:
+    """Return a detector in whose outputs everything depends on everything, from the heads on."""
+    model = detector(world, kind)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
 
 
 def matched_iou(model: TinyDETR, data: ShapeImages) -> list[float]:

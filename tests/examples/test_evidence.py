@@ -85,6 +85,17 @@ def test_page_and_figures_are_those_of_the_rows() -> None:
         assert piece == (page.DOCS / name).read_text(), f"{name} is not that of the rows: run the command above"
 
 
+def test_settings_are_what_they_were_when_their_rows_were_made() -> None:
+    """Where a loss has changed since, its rows have to be made anew, or the setting needs another name."""
+    made = {
+        run.setting: row["fingerprint"] for run, row in rows.read_rows(worlds.WORLDS).items() if "fingerprint" in row
+    }
+    assert made
+    for setting, losses in made.items():
+        found = training.fingerprint(setting)
+        assert found == pytest.approx(losses, rel=1e-3, abs=1e-6), f"{setting} has changed since its rows were made"
+
+
 def test_a_marker_is_replaced_by_what_its_function_says() -> None:
     template = "a {{gain demo, controls | 5 | x}} b {{provenance}}"
     assert page.filled(template, lambda *words: repr(words)) == (
