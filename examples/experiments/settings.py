@@ -88,6 +88,7 @@ SETTINGS = {
     # One loss.
     "features": Setting(features()),
     "features, decayed": Setting(decayed(features())),
+    "features / 2, decayed": Setting(decayed(features(weight=10.0))),
     "features x3, decayed": Setting(decayed(features(weight=60.0))),
     "logits": Setting(logits()),
     "logits, decayed": Setting(decayed(logits())),
@@ -119,8 +120,8 @@ SETTINGS = {
     ),
     "shared queries in the first half + features, decayed": Setting(first_half(shared_queries()) | decayed(features())),
     "assigned group + features, decayed": Setting(decayed(assigned_group() | features())),
-    "paper": Setting(logits() | features() | assigned_group()),
-    "paper, decayed": Setting(decayed(logits() | features() | assigned_group())),
+    "paper": Setting(logits() | features(weight=10.0) | assigned_group()),
+    "paper, decayed": Setting(decayed(logits() | features(weight=10.0) | assigned_group())),
     "official": Setting(logits(matching="joint") | features(variant="official", relative=False) | assigned_group()),
     # Parts of the logits loss, of constant weight beside decayed features.
     "features, decayed; logits": Setting(decayed(features()) | logits()),

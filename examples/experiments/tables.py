@@ -30,6 +30,7 @@ FIRST = (
     "logits + features",
     "best queries + features, decayed",
     "shared queries + features, decayed",
+    "features / 2, decayed",
     "features",
     "logits + features, decayed",
     "logits / 4 + features, decayed",
