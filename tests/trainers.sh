@@ -3,10 +3,12 @@
 # removed. Without their requirements, which would replace the PyTorch that is there; torchvision's wheel is for CUDA and
 # is made to import beside a PyTorch for the CPU.
 #
-#     tests/trainers.sh PYTHON
+#     tests/trainers.sh PYTHON                          # the tests
+#     tests/trainers.sh PYTHON tests/trainers/cost.py   # or a script, with its arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
+shift
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
@@ -15,6 +17,7 @@ trap 'rm -rf "$folder"' EXIT
   requests certifi charset-normalizer urllib3 supervision pyDeprecate defusedxml opencv-python-headless \
   polars polars-runtime-32 pandas peft pydantic pydantic-core annotated-types typing-inspection \
   faster-coco-eval pycocotools hotcoco
-export TRAINERS=1 PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
+export TRAINERS=1 PYTHONPATH=$PWD/tests:$PWD/examples:$folder${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 export YOLO_CONFIG_DIR=$folder YOLO_OFFLINE=true
-"$python" -m pytest -q -p no:cacheprovider tests/trainers
+if [ $# -eq 0 ]; then set -- -m pytest -q -p no:cacheprovider tests/trainers; else set -- -W ignore "$@"; fi
+"$python" "$@"

@@ -26,7 +26,7 @@ _PRESETS: dict[str, Callable[[], list[Term]]] = {
     "paper": lambda: [LogitsTerm(), FeatureTerm(), QueryGroupTerm()],
     "official": lambda: [
         LogitsTerm(matching="joint"),
-        FeatureTerm(variant="official", relative=False),
+        FeatureTerm(weight=20.0, variant="official", relative=False),
         QueryGroupTerm(),
     ],
 }
@@ -44,9 +44,9 @@ class DETRDistillationLoss(OptionModule):
 
     Two presets are lists of terms. ``"paper"``, the default, has the paper's losses, that of features relative to the
     teacher's: ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but
-    with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(variant="official",
-    relative=False), QueryGroupTerm()]``.
-    Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 10.0``.
+    with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(weight=20.0,
+    variant="official", relative=False), QueryGroupTerm()]``.
+    Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 5.0``.
 
     Args:
         terms: The name of a preset; terms; or terms by name, where two are of the same kind.

@@ -111,6 +111,6 @@ def test_every_module_can_be_imported_and_says_what_it_is(name):
     try:
         assert importlib.import_module(name).__doc__
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name not in {"triton", "matplotlib"}:
             raise
-        pytest.skip("Triton is not installed")
+        pytest.skip(f"{error.name} is not installed")

@@ -59,7 +59,7 @@ def build_lineage(kind: str) -> Subject:
     configuration = importlib.import_module(f"{package}.core").YAMLConfig(config)
     for backbone in {"PResNet", "HGNetv2"} & configuration.yaml_cfg.keys():
         configuration.yaml_cfg[backbone]["pretrained"] = False
-    pixels, truth = images(320), targets(80)
+    pixels, truth = images(256), targets(80)
     return Subject(configuration.model, lambda model: model(pixels), lambda model: model(pixels, targets=truth), 80)
 
 
@@ -216,7 +216,8 @@ def main() -> None:
     kind = arguments.kind
     subject = build_lineage(kind) if kind in LINEAGE else build_main(kind, options)
     found = look(subject) | {"lower after distillation": fall(subject, arguments.steps)}
-    print(" | ".join([f"{kind} {' '.join(options)}".strip(), commit, *(f"{k} {v}" for k, v in found.items())]))  # noqa: T201
+    shown = [f"{kind} {' '.join(options)}".strip(), commit, *(f"{what} {seen}" for what, seen in found.items())]
+    print(" | ".join(shown))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -217,4 +217,4 @@ def test_state_of_other_terms():
         controller.load_state_dict({"steps": 3, "weights": {"logits": 2.0}})
     with pytest.raises(ValueError, match=r"weight of term 'feature' must be 0 or in `bounds`"):
         controller.load_state_dict({"steps": 3, "weights": {"logits": 2.0, "feature": 1000.0}})
-    assert controller.state_dict() == {"steps": 0, "weights": {"logits": 1.0, "feature": 20.0}}
+    assert controller.state_dict() == {"steps": 0, "weights": {"logits": 1.0, "feature": 10.0}}

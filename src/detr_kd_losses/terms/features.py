@@ -64,7 +64,7 @@ class FeatureTerm(Term):
         student_channels: int | Sequence[int] | None = None,
         teacher_channels: int | Sequence[int] | None = None,
         *,
-        weight: float = 20.0,
+        weight: float = 10.0,
         prefix: str = "loss_kd_",
         variant: Variant = "paper",
         normalize: Normalize | None = "max",
