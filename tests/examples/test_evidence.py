@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from experiments import check, comparison, directions, page, plot, rows, training, worlds
-
-from support.small_world import SMALL
-
-
-def test_true_boxes_pull_where_the_boxes_of_the_detection_loss_do(
-    small_world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directions, "BATCHES", 2)
-    monkeypatch.setattr(directions, "BATCH", 8)
-    torch.manual_seed(0)
-    student = training.detector("demo", SMALL)
-    teacher = training.ready_teacher("demo", "teacher", small_world)
-    found = directions.directions(student, teacher, worlds.training_images("demo"))
-    assert set(directions.ASKED) < set(found)
-    assert all(length > 0 for length, *_ in found.values())
-    assert found["true boxes"][3] > 0.9 > found["boxes, through targets"][3]  # this teacher knows nothing
-
+from experiments import check, comparison, page, plot, rows, training, worlds
 
 # --------------------------------------------------------------------------------------------------------- comparison
 

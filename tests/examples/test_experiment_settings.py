@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import detr_kd_losses as dkl
-from experiments import crowds, digits, probes, rows, tables, training, worlds
+from experiments import crowds, digits, directions, probes, rows, tables, training, worlds
 from experiments.settings import SETTINGS
 
 from support.small_world import RUN, SMALL
@@ -226,3 +226,17 @@ def test_the_last_layers_term_is_the_logits_term_of_the_last_layers() -> None:
     expected = dkl.LogitsTerm().compute(dkl.Step(*last, step.targets))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+def test_true_boxes_pull_where_the_boxes_of_the_detection_loss_do(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directions, "BATCHES", 2)
+    monkeypatch.setattr(directions, "BATCH", 8)
+    torch.manual_seed(0)
+    student = training.detector("demo", SMALL)
+    teacher = training.ready_teacher("demo", "teacher", small_world)
+    found = directions.directions(student, teacher, worlds.training_images("demo"))
+    assert set(directions.ASKED) < set(found)
+    assert all(length > 0 for length, *_ in found.values())
+    assert found["true boxes"][3] > 0.9 > found["boxes, through targets"][3]  # this teacher knows nothing
