@@ -71,6 +71,15 @@ def test_earlier_layers_are_the_auxiliary_outputs(family: str) -> None:
 
 
 @families
+def test_frozen_teacher_shows_all_layers(family: str) -> None:
+    """It puts itself into evaluation mode at each call, where D-FINE and DEIMv2 answer their last layer alone."""
+    teacher = dkl.FrozenTeacher(zoo.build(family))
+    with Tap(teacher.module) as tap:
+        teacher(**zoo.images(teacher.module))
+    assert len(tap.output().logits) == zoo.LAYERS
+
+
+@families
 @torch.no_grad()
 def test_replay_of_own_queries_reproduces_the_predictions(family: str) -> None:
     model = zoo.build(family)
