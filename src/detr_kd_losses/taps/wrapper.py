@@ -18,7 +18,7 @@ from detr_kd_losses.taps.loss import distillation_loss
 from detr_kd_losses.taps.projections import learn_projections
 from detr_kd_losses.taps.queries import QueryProjection
 from detr_kd_losses.taps.setup import check_setup
-from detr_kd_losses.taps.tap import Tap
+from detr_kd_losses.taps.tap import Tap, set_attribute
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_targets
 
@@ -103,18 +103,38 @@ class DistillationCriterion(nn.Module):
         self.levels: tuple[Sequence[int] | None, Sequence[int] | None] = levels or (None, None)
         self.group_share, self.teacher_call, self.read_targets = group_share, teacher_call, read_targets
         self.teacher = FrozenTeacher(teacher)
-        self._student = (student,)  # in a tuple, so that it is no part of the criterion
-        self._taps: list[tuple[Tap, DetectorOutput, Any] | None] = []  # of forward passes that are under way
+        self._student: tuple[nn.Module, ...] = (student,)  # in a tuple, so that it is no part of the criterion
+        self._reading: tuple[Tap, DetectorOutput, Any] | None = None  # of the forward pass that is under way
         self._said: tuple[DetectorOutput, DetectorOutput] | None = None
         self._steps, self._weights_were_read, self._total_was_taken = 0, False, False
+        self._targets_were_seen = False
         weights = getattr(criterion, "weight_dict", None)
         self._weights = None if weights is None else {**weights, **dict.fromkeys(self.distillation.names, 1.0)}
-        self.detach = attach(student, self._before, self._after)
+        self._detach = attach(student, self._before, self._after)
+
+    def detach(self) -> None:
+        """Take the teacher off the student: from now on this is the original criterion."""
+        self._detach()
+        self._forget()
+        self._student = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are attached to no student, and hold nothing of a batch."""
+        return {**vars(self), "_student": (), "_detach": _nothing, "_said": None, "_reading": None}
+
+    def _forget(self) -> None:
+        """Drop what is left of a pass that was interrupted, or whose loss nobody has asked for."""
+        if self._reading is not None:
+            tap, _, _ = self._reading
+            decoder = tap.found.decoder(tap.model)
+            with set_attribute("training", decoder.training, [decoder]):  # it may have been set since
+                tap.__exit__()
+        self._reading = self._said = None
 
     def _before(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher, and begin to read the student."""
+        self._forget()
         if not student.training:
-            self._taps.append(None)
             return
         with torch.no_grad(), Tap(self.teacher.module) as tap:
             if self.teacher_call is not None:
@@ -125,14 +145,13 @@ class DistillationCriterion(nn.Module):
         group = None
         if "group" in self.distillation.needs:
             group = self.query_projection(tap.query_group(share=self.group_share))
-        self._taps.append((Tap(student).__enter__(), tap.output(levels=self.levels[1]), group))
+        self._reading = Tap(student).__enter__(), tap.output(levels=self.levels[1]), group
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
         """Read the student, and keep what both say for the criterion."""
-        reading = self._taps.pop() if self._taps else None
-        if reading is None:
+        if self._reading is None:
             return
-        tap, teacher_output, group = reading
+        (tap, teacher_output, group), self._reading = self._reading, None
         tap.__exit__()
         if outputs is not None:  # None: the forward pass has raised
             self._said = tap.output(group, levels=self.levels[0]), teacher_output
@@ -150,23 +169,22 @@ class DistillationCriterion(nn.Module):
             All terms by name.
 
         Raises:
-            RuntimeError: If the student trains and has made no forward pass.
+            RuntimeError: If the student trains and has made no forward pass: a copy of it has, for instance.
             TypeError: If the criterion answers no dict.
         """
         losses = self.criterion(outputs, targets, *args, **kwargs)
         said, self._said = self._said, None
         if said is None:
-            if self._student[0].training and self.training:
-                msg = "the student must make a forward pass in training mode before its criterion is called, got none"
-                raise RuntimeError(msg)
+            self._validate_not_training(losses)
             return losses  # type: ignore[no-any-return]
         if not isinstance(losses, Mapping):
             msg = f"`criterion` must answer a dict of losses, got {type(losses).__name__}"
             raise TypeError(msg)
         student_output, teacher_output = said
         padded = self.read_targets(targets).to(student_output.logits.device)
-        if self._steps == 0:
+        if not self._targets_were_seen and padded.labels.numel():
             _warn_of_targets(padded, student_output.logits.shape[-1])
+            self._targets_were_seen = True
         terms = self.distillation(student_output, teacher_output, padded)
         losses = {**losses, **terms}
         if TOTAL in losses:
@@ -176,6 +194,18 @@ class DistillationCriterion(nn.Module):
         if self._steps == 2:  # by now the engine has done with a step
             logging.getLogger(__name__).info("%s", self.counted)
         return losses
+
+    def _validate_not_training(self, losses: Any) -> None:
+        """Raise if losses of a batch that no teacher has seen are about to train a model."""
+        terms = list(losses.values()) if isinstance(losses, Mapping) else [losses]
+        have_gradients = any(isinstance(term, Tensor) and term.requires_grad for term in terms)
+        if self.training and any(student.training or have_gradients for student in self._student):
+            msg = (
+                "the student must make a forward pass in training mode before its criterion is called, got none: the "
+                "model that trains must be the student itself, no copy; `eval()` of the criterion, or `detach()`, "
+                "leaves the original losses alone"
+            )
+            raise RuntimeError(msg)
 
     @property
     def counted(self) -> str:
@@ -215,7 +245,13 @@ class DistillationCriterion(nn.Module):
 
         Returns:
             Whether it is.
+
+        Raises:
+            RuntimeError: If this is a copy, or was detached.
         """
+        if not self._student:
+            msg = "a criterion that was copied or detached has no student to check: make a new DistillationCriterion"
+            raise RuntimeError(msg)
         return check_setup(
             self._student[0],
             self.teacher.module,
@@ -236,11 +272,15 @@ class DistillationCriterion(nn.Module):
             return getattr(self.criterion, name)
 
 
+def _nothing() -> None:
+    """What a copy has to detach."""
+
+
 def _warn_of_targets(targets: Targets, num_classes: int) -> None:
     try:
         check_targets(*targets, num_classes=num_classes)
     except ValueError as error:
-        warnings.warn(f"the targets of the first batch: {error}", stacklevel=3)
+        warnings.warn(f"the targets of the first batch that has any: {error}", stacklevel=3)
 
 
 def validate_apart(student: nn.Module, teacher: nn.Module) -> None:
