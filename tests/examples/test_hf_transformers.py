@@ -15,8 +15,7 @@ pytest.importorskip("transformers", reason="the Hugging Face adapter needs trans
 
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import QueryGroup, QueryProjection, Tap
-from hf_transformers.classes import distillation_loss
+from detr_kd_losses.taps import QueryGroup, QueryProjection, Tap, distillation_loss
 
 from support import zoo
 

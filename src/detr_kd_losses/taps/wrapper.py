@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_kd_losses._validation import validate_in_unit_interval, validate_positive, validate_record
 from detr_kd_losses.criterion import DETRDistillationLoss
 from detr_kd_losses.outputs import DetectorOutput, Targets, pad_targets
+from detr_kd_losses.taps.agreement import validate_apart, validate_classes, validate_heads, validate_levels
 from detr_kd_losses.taps.attachment import attach, images_and_masks
 from detr_kd_losses.taps.find import unwrap
 from detr_kd_losses.taps.loss import distillation_loss
@@ -52,7 +54,9 @@ class DistillationCriterion(nn.Module):
             image.
 
     Raises:
-        ValueError: If student and teacher share parameters, or a decoder is not found.
+        ValueError: If student and teacher share parameters, a decoder is not found, or classes, heads or levels of both
+            do not fit each other.
+        TypeError: If an argument is not the Module that it should be.
 
     Examples:
         >>> class Decoder(nn.Module):  # is handed its heads, as that of RT-DETR
@@ -93,11 +97,22 @@ class DistillationCriterion(nn.Module):
         read_targets: Callable[[Any], Targets] = pad_targets,
     ) -> None:
         super().__init__()
+        for name, model in (("student", student), ("teacher", teacher)):
+            validate_record(name, model, nn.Module, "the model itself")
         student, teacher = unwrap(student), unwrap(teacher)
         validate_apart(student, teacher)
+        validate_levels(levels)
+        for rule in (validate_positive, validate_in_unit_interval):
+            rule("group_share", group_share)
         self.criterion = criterion
         number = None if levels is None else len(levels[0])
-        self.distillation = distillation or distillation_loss(student, teacher, levels=number)
+        if distillation is None:
+            distillation = distillation_loss(student, teacher, levels=number)
+        validate_record("distillation", distillation, DETRDistillationLoss, "DETRDistillationLoss(terms)")
+        validate_heads(distillation, student, teacher)
+        if distillation.class_map is None:
+            validate_classes(student, teacher)
+        self.distillation = distillation
         self.query_projection = QueryProjection(student, teacher)
         self.to(next(student.parameters()).device)
         self.levels: tuple[Sequence[int] | None, Sequence[int] | None] = levels or (None, None)
@@ -281,13 +296,3 @@ def _warn_of_targets(targets: Targets, num_classes: int) -> None:
         check_targets(*targets, num_classes=num_classes)
     except ValueError as error:
         warnings.warn(f"the targets of the first batch that has any: {error}", stacklevel=3)
-
-
-def validate_apart(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise if the models share parameters: those of the teacher are frozen."""
-    if not set(student.parameters()).isdisjoint(teacher.parameters()):
-        msg = (
-            "`teacher` must be another model than the student, with parameters of its own, since it is frozen; "
-            "copy.deepcopy makes one"
-        )
-        raise ValueError(msg)
