@@ -137,6 +137,16 @@ class DistillationCriterion(nn.Module):
         """Copies and pickles are attached to no student, and hold nothing of a batch."""
         return {**vars(self), "_student": (), "_detach": _nothing, "_said": None, "_reading": None}
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the state of the original criterion alone, too, as of a run that began without a teacher."""
+        of_others = self.criterion.state_dict(prefix=prefix)
+        if {key for key in state if key.startswith(prefix)} == of_others.keys():
+            own = {key: state.pop(key) for key in of_others}
+            state |= {f"{prefix}criterion.{key.removeprefix(prefix)}": value for key, value in own.items()}
+            for name in ("distillation", "query_projection"):
+                state |= self.get_submodule(name).state_dict(prefix=f"{prefix}{name}.")
+        super()._load_from_state_dict(state, prefix, *args)
+
     def _forget(self) -> None:
         """Drop what is left of a pass that was interrupted, or whose loss nobody has asked for."""
         if self._reading is not None:
