@@ -12,10 +12,10 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import QueryProjection, Tap
+from detr_kd_losses.taps import QueryProjection, Tap, distillation_loss
+from detr_kd_losses.taps.agreement import validate_apart, validate_classes, validate_heads
 from detr_kd_losses.training.teacher import FrozenTeacher
 from hf_transformers.checkpoints import RestoringTrainer, without_last_group
-from hf_transformers.classes import check_apart, check_classes, check_heads, distillation_loss
 
 DISTILLATION_FILE = "distillation.pt"
 
@@ -49,7 +49,7 @@ class DistillationTrainer(RestoringTrainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_apart(self.model, teacher)
+        validate_apart(self.model, teacher)
         if self.args.n_gpu > 1:
             msg = f"a process must use one GPU, got {self.args.n_gpu}; start with torchrun or set CUDA_VISIBLE_DEVICES"
             raise ValueError(msg)
@@ -59,9 +59,9 @@ class DistillationTrainer(RestoringTrainer):
         self.group_share = group_share
         num_levels = None if student_levels is None else len(student_levels)
         self.distillation = distillation or distillation_loss(self.model, teacher, levels=num_levels)
-        check_heads(self.distillation, self.model, teacher)
+        validate_heads(self.distillation, self.model, teacher)
         if self.distillation.class_map is None:
-            check_classes(self.model, teacher)
+            validate_classes(self.model, teacher)
         self.query_projection = QueryProjection(self.model, teacher)
         # Learned with the student, and not a part of it.
         self.projections = nn.ModuleList([self.distillation, self.query_projection]).to(self.args.device)

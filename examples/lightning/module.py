@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import QueryProjection, Tap
+from detr_kd_losses.taps import QueryProjection, Tap, distillation_loss
 from detr_kd_losses.training.schedules import linear_warmup
 from detr_kd_losses.training.teacher import FrozenTeacher
-from hf_transformers.classes import distillation_loss
 from hf_transformers.coco_shapes import CocoDetection, collate, make_shapes
 from hf_transformers.train import rt_detr
 

@@ -10,8 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import QueryProjection, Tap, random_queries
-from hf_transformers.classes import distillation_loss
+from detr_kd_losses.taps import QueryProjection, Tap, distillation_loss, random_queries
 
 from support import zoo
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the Hugging Face adapter needs trans
 pytest.importorskip("accelerate", reason="the Hugging Face trainer needs accelerate")
 
 import detr_kd_losses as dkl
-from hf_transformers.classes import distillation_loss, match_classes
+from detr_kd_losses.taps import distillation_loss, match_classes
 from hf_transformers.train import rt_detr, training_arguments
 from hf_transformers.trainer import DistillationTrainer
 

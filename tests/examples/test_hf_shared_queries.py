@@ -9,8 +9,7 @@ from torch.testing import assert_close
 pytest.importorskip("transformers", reason="the Hugging Face adapter needs transformers")
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import Tap
-from hf_transformers.classes import distillation_loss
+from detr_kd_losses.taps import Tap, distillation_loss
 
 from support import zoo
 

@@ -15,8 +15,7 @@ pytest.importorskip("transformers", reason="the Hugging Face adapter needs trans
 
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import QueryGroup, QueryProjection, Tap
-from hf_transformers.classes import distillation_loss
+from detr_kd_losses.taps import QueryGroup, QueryProjection, Tap, distillation_loss
 
 from support import zoo
 
@@ -68,6 +67,15 @@ def test_earlier_layers_are_the_auxiliary_outputs(family: str) -> None:
     for layer, expected in enumerate(auxiliary):
         assert_close(output.logits[layer], expected["logits"], **EXACT)
         assert_close(output.boxes[layer], expected["pred_boxes"], **EXACT)
+
+
+@families
+def test_frozen_teacher_shows_all_layers(family: str) -> None:
+    """It puts itself into evaluation mode at each call, where D-FINE and DEIMv2 answer their last layer alone."""
+    teacher = dkl.FrozenTeacher(zoo.build(family))
+    with Tap(teacher.module) as tap:
+        teacher(**zoo.images(teacher.module))
+    assert len(tap.output().logits) == zoo.LAYERS
 
 
 @families

@@ -68,6 +68,16 @@ def test_clipped_by_a_norm_of_their_own(max_norm: float | None) -> None:
     assert_close(moved, whole if max_norm is None else whole.clamp(max=max_norm), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_norm", [0, -0.1, float("nan")])
+def test_a_norm_at_which_nothing_is_learned(max_norm: float) -> None:
+    """Trainers that take 0 for "not at all" are told of None."""
+    criterion, student = criterion_and_student()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="`max_norm` must be greater than 0"):
+        criterion.learn(optimizer, max_norm=max_norm)
+    assert len(optimizer.param_groups) == 1
+
+
 def test_nothing_to_learn() -> None:
     student = lineage.build("v2")
     criterion = DistillationCriterion(SetCriterion(), student, lineage.build("v2", seed=1))
@@ -136,8 +146,90 @@ class TestResuming:
         criterion.learn(optimizer)
         other = torch.optim.SGD(student.parameters(), lr=0.1)
         learn_projections(other, dkl.DETRDistillationLoss([dkl.FeatureTerm([16, 16], [32, 32])]))
-        with pytest.raises(RuntimeError, match="size mismatch"):
+        with pytest.raises(
+            ValueError, match=r"same student, teacher and terms, got .*bias' of shape \(24,\) in place of"
+        ):
             other.load_state_dict(optimizer.state_dict())
+        third = torch.optim.SGD(student.parameters(), lr=0.1)
+        learn_projections(third, dkl.DETRDistillationLoss([dkl.FeatureTerm([16, 16], [24, 24])]))
+        with pytest.raises(ValueError, match=r"'1.maps.content.weight' of shape \(16, 24\) in place of None"):
+            third.load_state_dict(optimizer.state_dict())
+
+    def test_moments_of_projections_that_are_not_there(self) -> None:
+        """As after a tool that keeps of an optimizer what it knows."""
+        criterion, student = criterion_and_student()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        criterion.learn(optimizer)
+        train_one_epoch(student, criterion, [batch()], optimizer)
+        state = {name: part for name, part in optimizer.state_dict().items() if name in {"state", "param_groups"}}
+        with pytest.raises(ValueError, match=r"must have 'distillation_projections'.*\['param_groups', 'state'\]"):
+            optimizer.load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.1),
+            lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+            lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20),
+            lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4),
+        ],
+    )
+    def test_new_projections_learn_at_the_rate_of_the_student(self, make: Any) -> None:
+        """Where a run that began without a teacher goes on with one, under its scheduler."""
+        plain = torch.optim.SGD(lineage.build("v2").parameters(), lr=0.1)
+        scheduler = make(plain)
+        for _ in range(3):
+            plain.step()
+            scheduler.step()
+        criterion, student = criterion_and_student()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        criterion.learn(optimizer)
+        resumed = make(optimizer)
+        with pytest.warns(UserWarning, match="start anew"):
+            optimizer.load_state_dict(plain.state_dict())
+        resumed.load_state_dict(scheduler.state_dict())
+        for _ in range(3):
+            first, last = (group["lr"] for group in optimizer.param_groups)
+            assert last == pytest.approx(first, rel=1e-6)
+            optimizer.step()
+            resumed.step()
+
+    def test_scheduler_with_a_rate_for_each_group(self) -> None:
+        """The remedy in the warning helps."""
+        plain = torch.optim.SGD(lineage.build("v2").parameters(), lr=0.1)
+        halve = lambda epoch: 0.5**epoch  # noqa: E731
+        scheduler = torch.optim.lr_scheduler.LambdaLR(plain, halve)
+        criterion, student = criterion_and_student()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        criterion.learn(optimizer)
+        resumed = torch.optim.lr_scheduler.LambdaLR(optimizer, halve)
+        with pytest.warns(UserWarning, match=r"such as LambdaLR, needs theirs: `scheduler.base_lrs.append"):
+            optimizer.load_state_dict(plain.state_dict())
+        resumed.load_state_dict(scheduler.state_dict())
+        resumed.base_lrs.append(0.1)
+        optimizer.step()
+        resumed.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+    @pytest.mark.parametrize("buffers", [True, False])
+    def test_state_of_the_original_criterion(self, buffers: bool) -> None:
+        """Solvers of RT-DETR and its heirs save whatever has a state, the criterion too."""
+        plain = SetCriterion()
+        criterion, _ = criterion_and_student()
+        if buffers:
+            for one in (plain, criterion.criterion):
+                one.register_buffer("empty_weight", torch.zeros(3))
+            plain.empty_weight += 2
+        before = copy.deepcopy(criterion.state_dict())
+        criterion.load_state_dict(plain.state_dict())
+        for name, tensor in criterion.state_dict().items():
+            expected = plain.empty_weight if name == "criterion.empty_weight" else before[name]
+            assert_close(tensor, expected, rtol=0, atol=0)
+        criterion.load_state_dict({name: tensor + 1 for name, tensor in before.items()})
+        changed = criterion.state_dict().items()
+        assert all(not torch.equal(tensor, before[name]) for name, tensor in changed)
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            criterion.load_state_dict({**plain.state_dict(), "other": torch.zeros(3)})
 
     def test_learning_twice(self) -> None:
         criterion, student = criterion_and_student()

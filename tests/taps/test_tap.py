@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -39,6 +41,11 @@ def tapped(kind: str = "v2", *, training: bool = True, **options: Any) -> tuple[
 def hooks_of(model: nn.Module) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def test_package_does_not_import_it() -> None:
+    code = "import sys, detr_kd_losses; sys.exit('detr_kd_losses.taps' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_stays_on_the_model() -> None:

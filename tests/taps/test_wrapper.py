@@ -228,17 +228,88 @@ class TestTraces:
         criterion, student = wrapped()
         with pytest.raises(RuntimeError, match="channels"):
             student.train()(torch.rand(2, 5, 64, 64))
-        assert not criterion._taps
+        assert criterion._reading is None
         assert sum(len(module._forward_hooks) for module in student.modules()) == 1
         criterion(student(images(), targets()), targets())
 
+    def test_interrupted_pass_leaves_nothing_behind(self) -> None:
+        """A notebook's interrupt is no Exception, of which hooks would be told."""
+        _, student = wrapped()
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = student.decoder.decoder.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            student.train()(images(), targets())
+        handle.remove()
+        student.eval()(images(size=lineage.EVAL_SIZE))
+        assert not any(module.training for module in student.modules())
+        assert student.decoder.eval_spatial_size == lineage.EVAL_SIZE
+        assert sum(len(module._forward_hooks) for module in student.modules()) == 1
+        copy.deepcopy(student)
+
     def test_detached(self) -> None:
+        """From then on there is the original criterion."""
         criterion, student = wrapped()
-        criterion.detach()
         student.train()(images(), targets())
+        criterion.detach()
+        outputs = student.train()(images(), targets())
         assert criterion._said is None
         assert not student._forward_hooks
         assert not student._forward_pre_hooks
+        assert vars(student).keys() == vars(build("lineage v2")).keys()
+        assert criterion(outputs, targets()).keys() == SetCriterion().weight_dict.keys()
+        with pytest.raises(RuntimeError, match="copied or detached has no student to check"):
+            criterion.check(lambda model: model(images()))
+
+    def test_hooks_of_others_are_still_removed_by_their_handles(self) -> None:
+        plain = build("lineage v2")
+        seen: list[int] = []
+        earlier = plain.register_forward_hook(Note(seen))
+        criterion = DistillationCriterion(SetCriterion(), plain, build("lineage v2", seed=1))
+        later = plain.register_forward_pre_hook(Note(seen))
+        plain.train()(images(), targets())
+        assert seen == [1, 1]
+        earlier.remove()
+        plain(images(), targets())
+        assert seen == [1, 1, 1]
+        criterion.detach()
+        plain(images(), targets())
+        later.remove()
+        plain(images(), targets())
+        assert seen == [1, 1, 1, 1]
+
+    def test_criterion_is_copied_and_saved_between_pass_and_loss(self) -> None:
+        """With a module that holds both, as in Lightning: the copy of the student learns without a teacher."""
+        both = nn.ModuleList(wrapped("lineage v2"))
+        criterion, student = both
+        outputs = student.train()(images(), targets())
+        file = io.BytesIO()
+        torch.save(both, file)
+        file.seek(0)
+        for other in (copy.deepcopy(both), torch.load(file, weights_only=False)):
+            losses = other[0](other[1](images(), targets()), targets())
+            assert losses.keys() == SetCriterion().weight_dict.keys()
+            other[0].detach()
+            with pytest.raises(RuntimeError, match="copied or detached has no student to check"):
+                other[0].check(lambda model: model(images()))
+        assert criterion(outputs, targets()).keys() > SetCriterion().weight_dict.keys()
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_copy_that_trains_in_place_of_the_student_is_told_of(self, training: bool) -> None:
+        criterion, student = wrapped()
+        other = copy.deepcopy(student.train(training)).train()
+        with pytest.raises(RuntimeError, match="must be the student itself, no copy"):
+            criterion(other(images(), targets()), targets())
+
+    def test_loss_that_nobody_asked_for_is_in_no_evaluation(self) -> None:
+        criterion, student = wrapped()
+        student.train()(images(), targets())
+        with torch.no_grad():
+            outputs = student.eval()(images(size=lineage.EVAL_SIZE))
+            losses = criterion({**outputs, "aux_outputs": []}, targets())
+        assert losses.keys() == {"loss_class", "loss_bbox", "loss_giou"}
 
     def test_second_teacher_replaces_the_first(self) -> None:
         first, student = wrapped()
@@ -313,7 +384,10 @@ def test_wrong_uses() -> None:
 
 
 def test_boxes_in_pixels_are_told_of() -> None:
+    """Also where the first batch has no object at all."""
     criterion, student = wrapped()
     wrong = [{"labels": image["labels"], "boxes": 640 * image["boxes"]} for image in targets()]
-    with pytest.warns(UserWarning, match=r"targets of the first batch: `target_boxes` must"):
+    nothing = [{name: tensor[:0] for name, tensor in image.items()} for image in wrong]
+    criterion(student.train()(images(), nothing), nothing)
+    with pytest.warns(UserWarning, match=r"targets of the first batch that has any: `target_boxes` must"):
         criterion(student.train()(images(), targets()), wrong)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -36,6 +37,12 @@ LINEAGE = {
     "d_fine": ("src", "configs/dfine/dfine_hgnetv2_n_coco.yml"),
     "deim": ("engine", "configs/deim_dfine/deim_hgnetv2_n_coco.yml"),
     "deimv2": ("engine", "configs/deimv2/deimv2_hgnetv2_pico_coco.yml"),
+}
+LIBREYOLO = {  # of the package libreyolo, in the folder where it was installed
+    "libreyolo_rt_detr": ("rtdetr", "RTDETRModel", {"config": "r18", "backbone_pretrained": False}),
+    "libreyolo_rt_detr_v2": ("rtdetrv2", "RTDETRv2Model", {}),
+    "libreyolo_d_fine": ("dfine", "LibreDFINEModel", {"config": "n"}),
+    "libreyolo_deim": ("deim", "LibreDEIMModel", {"config": "n"}),
 }
 MAINS = ("detr", "conditional", "deformable", "dab", "dn", "dino")
 SMALL = "--device cpu --enc_layers 1 --dec_layers 3 --num_queries 20 --dropout 0"
@@ -61,6 +68,16 @@ def build_lineage(kind: str) -> Subject:
         configuration.yaml_cfg[backbone]["pretrained"] = False
     pixels, truth = images(256), targets(80)
     return Subject(configuration.model, lambda model: model(pixels), lambda model: model(pixels, targets=truth), 80)
+
+
+def build_libreyolo(kind: str) -> Subject:
+    """Models of one package with the shapes of the lineage."""
+    module, name, options = LIBREYOLO[kind]
+    function = getattr(importlib.import_module(f"libreyolo.models.{module}.nn"), name)
+    known = inspect.signature(function).parameters
+    model = function(**{option: value for option, value in options.items() if option in known})
+    pixels, truth = images(256), targets(80)
+    return Subject(model, lambda model: model(pixels), lambda model: model(pixels, targets=truth), 80)
 
 
 def build_main(kind: str, options: list[str]) -> Subject:
@@ -201,7 +218,7 @@ def fall(subject: Subject, steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=[*LINEAGE, *MAINS])
+    parser.add_argument("kind", choices=[*LINEAGE, *LIBREYOLO, *MAINS])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=25)
     arguments, options = parser.parse_known_args()
@@ -214,7 +231,8 @@ def main() -> None:
     os.chdir(arguments.folder)
     sys.path.insert(0, "")
     kind = arguments.kind
-    subject = build_lineage(kind) if kind in LINEAGE else build_main(kind, options)
+    builders = dict.fromkeys(LINEAGE, build_lineage) | dict.fromkeys(LIBREYOLO, build_libreyolo)
+    subject = builders[kind](kind) if kind in builders else build_main(kind, options)
     found = look(subject) | {"lower after distillation": fall(subject, arguments.steps)}
     shown = [f"{kind} {' '.join(options)}".strip(), commit, *(f"{what} {seen}" for what, seen in found.items())]
     print(" | ".join(shown))  # noqa: T201

@@ -10,6 +10,7 @@
     losses = criterion(student_tap.output(group=group), teacher_tap.output(), pad_targets(targets))
 """
 
+from detr_kd_losses.taps.agreement import match_classes
 from detr_kd_losses.taps.coco import COCO_CATEGORY_IDS, coco_class_map
 from detr_kd_losses.taps.find import query_channels
 from detr_kd_losses.taps.loss import distillation_loss, feature_channels
@@ -34,6 +35,7 @@ __all__ = [
     "distillation_loss",
     "feature_channels",
     "learn_projections",
+    "match_classes",
     "query_channels",
     "random_queries",
 ]

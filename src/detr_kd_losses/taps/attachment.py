@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -15,34 +16,14 @@ __all__ = ["attach", "images_and_masks"]
 MASKS = ("mask", "pixel_mask")  # arguments that a teacher needs beside the images
 
 
-class _Uncopied(OrderedDict[int, Any]):
-    """Hooks of a module, or what is known of them, of which some are in no copy and in no pickle of the module."""
-
-    def __init__(self, hooks: Mapping[int, Any]) -> None:
-        super().__init__(hooks)
-        self.own: set[int] = set()
-
-    def _others(self) -> OrderedDict[int, Any]:
-        return OrderedDict((key, hook) for key, hook in self.items() if key not in self.own)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[int, Any]:
-        return OrderedDict(self._others())
-
-    def __copy__(self) -> OrderedDict[int, Any]:
-        return self._others()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, (list(self._others().items()),)
-
-
-_DICTS = (
+_HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-
+_STATE = "__getstate__"  # what pickle and copy ask a module for, before its class
 
 _attached: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
 
@@ -50,7 +31,7 @@ _attached: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary(
 def attach(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Callable[[], None]:
     """Call `before` and `after` around each forward pass of a module; copies and pickles of it are without.
 
-    A second pair replaces the first.
+    A second pair replaces the first. Hooks of others stay what they were: their handles still remove them.
 
     Args:
         module: The module.
@@ -60,20 +41,27 @@ def attach(module: nn.Module, before: Callable[..., Any], after: Callable[..., A
     Returns:
         A function that takes both off.
     """
-    _attached.pop(module, lambda: None)()
-    former = {name: getattr(module, name) for name in _DICTS}
-    dicts = {name: _Uncopied(hooks) for name, hooks in former.items()}
-    vars(module).update(dicts)
+    _attached.get(module, lambda: None)()
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
-    for hooks in dicts.values():
-        hooks.own |= {handle.id for handle in handles}
+    own = {handle.id for handle in handles}
+
+    def state_without(module: nn.Module) -> dict[str, Any]:
+        state = getattr(type(module), _STATE, vars)(module)
+        hooks = {name: OrderedDict((key, state[name][key]) for key in state[name] if key not in own) for name in _HOOKS}
+        return {name: value for name, value in state.items() if name != _STATE} | hooks
+
+    vars(module)[_STATE] = MethodType(state_without, module)
+    reference = ref(module)  # what is attached must not keep the module alive
 
     def detach() -> None:
         for handle in handles:
             handle.remove()
+        known = reference()
+        if known is not None and _attached.get(known) is detach:
+            del _attached[known], vars(known)[_STATE]
 
     _attached[module] = detach
     return detach

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from detr_kd_losses.criterion import DETRDistillationLoss
+from detr_kd_losses.taps.agreement import validate_apart, validate_classes
 from detr_kd_losses.taps.find import attribute_around, find_decoder, query_channels, unwrap
 from detr_kd_losses.term import Term
 from detr_kd_losses.terms.features import FeatureTerm
@@ -27,6 +28,9 @@ def distillation_loss(
 ) -> DETRDistillationLoss:
     """Return a :class:`DETRDistillationLoss` for two models: heads and widths as they have them.
 
+    Without `class_map`, the classes of both must be the same, by name and number as far as the models know them;
+    :func:`match_classes` makes a map by names.
+
     Args:
         student: The student.
         teacher: The teacher.
@@ -39,8 +43,12 @@ def distillation_loss(
         The criterion; what it learns, if anything, are its parameters.
 
     Raises:
-        ValueError: If a decoder is not found, or terms do not fit the heads.
+        ValueError: If a decoder is not found, both share parameters, terms do not fit the heads, or
+            the classes are known to differ.
     """
+    validate_apart(student, teacher)
+    if options.get("class_map") is None:
+        validate_classes(student, teacher)
     models = {"student": student, "teacher": teacher}
     heads = {f"{role}_activation": find_decoder(unwrap(model)).description.activation for role, model in models.items()}
     if terms is None:

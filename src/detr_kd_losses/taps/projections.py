@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from detr_kd_losses._validation import validate_positive
+
 __all__ = ["learn_projections"]
 
 PROJECTIONS = "distillation_projections"  # of the optimizer's state
@@ -33,6 +35,9 @@ def learn_projections(
         *others: Modules that are learned with it, such as a :class:`QueryProjection`.
         max_norm: To which the norm of all their gradients together is clipped. None: not at all.
 
+    Raises:
+        ValueError: If `max_norm` is not positive: projections would learn nothing.
+
     Examples:
         >>> student, projection = nn.Linear(2, 2), nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -40,6 +45,8 @@ def learn_projections(
         >>> len(optimizer.param_groups)
         2
     """
+    if max_norm is not None:
+        validate_positive("max_norm", max_norm)
     modules = nn.ModuleList([distillation, *others])
     parameters = list(modules.parameters())
     if not parameters:
@@ -69,18 +76,49 @@ def _save_with(optimizer: torch.optim.Optimizer, modules: nn.ModuleList, paramet
         return {**state, PROJECTIONS: modules.state_dict()}
 
     def restore(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        groups = state["param_groups"]
         if PROJECTIONS in state:
-            modules.load_state_dict(state[PROJECTIONS])
-        elif len(state["param_groups"]) == len(optimizer.param_groups) - 1:
-            warnings.warn("the checkpoint is of a run without projections: they start anew", stacklevel=2)
-            known = sum(len(group["params"]) for group in state["param_groups"])
+            _load_projections(modules, state[PROJECTIONS])
+        elif len(groups) == len(optimizer.param_groups):
+            msg = (
+                f"the state of the optimizer must have {PROJECTIONS!r}, as that of a run with projections, got "
+                f"{sorted(state)}: its moments are of projections that are not there"
+            )
+            raise ValueError(msg)
+        elif len(groups) == len(optimizer.param_groups) - 1:
+            warnings.warn(
+                "the checkpoint is of a run without projections: they start anew. A scheduler that is loaded from it "
+                "and has a rate for each group, such as LambdaLR, needs theirs: `scheduler.base_lrs.append(...)`",
+                stacklevel=2,
+            )
+            known = sum(len(group["params"]) for group in groups)
             new = optimizer.param_groups[position] | {"params": list(range(known, known + len(parameters)))}
-            groups = state["param_groups"]
+            new["lr"] = new.get("initial_lr", new["lr"]) * _progress(groups[0])
             state = {**state, "param_groups": [*groups[:position], new, *groups[position:]]}
         return state
 
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(restore)
+
+
+def _load_projections(modules: nn.ModuleList, state: dict[str, Tensor]) -> None:
+    given, own = (
+        {name: tuple(tensor.shape) for name, tensor in part.items()} for part in (state, modules.state_dict())
+    )
+    other = sorted(name for name in given.keys() | own.keys() if given.get(name) != own.get(name))
+    if other:
+        msg = (
+            f"the projections in the checkpoint must be of the same student, teacher and terms, got {other[0]!r} of "
+            f"shape {given.get(other[0])} in place of {own.get(other[0])}; to go on with others, load the student and "
+            "leave the optimizer as it is"
+        )
+        raise ValueError(msg)
+    modules.load_state_dict(state)
+
+
+def _progress(group: dict[str, Any]) -> float:
+    """What a scheduler has left of the learning rate of a group."""
+    return float(group["lr"] / group["initial_lr"]) if group.get("initial_lr") else 1.0
 
 
 class _TakesPart:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detr_kd_losses._validation import validate_record
 from detr_kd_losses.criterion import DETRDistillationLoss
 from detr_kd_losses.outputs import DetectorOutput, Targets
+from detr_kd_losses.taps.agreement import validate_classes
 from detr_kd_losses.taps.find import unwrap
 from detr_kd_losses.taps.loss import distillation_loss
 from detr_kd_losses.taps.queries import QueryProjection
@@ -72,7 +74,10 @@ def check_setup(
     Raises:
         ValueError: If a decoder is not found.
         RuntimeError: If `call` does not reach it.
+        TypeError: If targets are not padded.
     """
+    if targets is not None:
+        validate_record("targets", targets, Targets, "pad_targets(targets)")
     student, teacher = unwrap(student), unwrap(teacher)
     distillation = distillation or distillation_loss(student, teacher)
     with _evaluating(student), _evaluating(teacher):
@@ -127,11 +132,16 @@ def _of_heads(
     own, taught = (_num_classes(output, tap) for output, tap in zip(outputs, taps, strict=True))
     if distillation.class_map is None:
         seen = f"{own} and {taught}" + ("" if own == taught else ": give `class_map`, such as coco_class_map(91, 80)")
-        yield Finding("classes", own == taught, seen)
+        right = own == taught
+        try:
+            validate_classes(taps[0].model, taps[1].model)
+        except ValueError as error:
+            right, seen = False, str(error)
+        yield Finding("classes", right, seen)
     else:
         class_map = torch.as_tensor(distillation.class_map)
-        right = len(class_map) == taught and int(class_map.max()) < own
         known = int((class_map >= 0).sum())
+        right = len(class_map) == taught and known > 0 and int(class_map.max()) < own
         yield Finding("classes", right, f"{own} and {taught}, of which a map of {len(class_map)} teaches {known}")
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_kd_losses._validation import validate_in_unit_interval, validate_positive, validate_record
 from detr_kd_losses.criterion import DETRDistillationLoss
 from detr_kd_losses.outputs import DetectorOutput, Targets, pad_targets
+from detr_kd_losses.taps.agreement import validate_apart, validate_classes, validate_heads, validate_levels
 from detr_kd_losses.taps.attachment import attach, images_and_masks
 from detr_kd_losses.taps.find import unwrap
 from detr_kd_losses.taps.loss import distillation_loss
 from detr_kd_losses.taps.projections import learn_projections
 from detr_kd_losses.taps.queries import QueryProjection
 from detr_kd_losses.taps.setup import check_setup
-from detr_kd_losses.taps.tap import Tap
+from detr_kd_losses.taps.tap import Tap, set_attribute
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_targets
 
@@ -52,7 +54,9 @@ class DistillationCriterion(nn.Module):
             image.
 
     Raises:
-        ValueError: If student and teacher share parameters, or a decoder is not found.
+        ValueError: If student and teacher share parameters, a decoder is not found, or classes, heads or levels of both
+            do not fit each other.
+        TypeError: If an argument is not the Module that it should be.
 
     Examples:
         >>> class Decoder(nn.Module):  # is handed its heads, as that of RT-DETR
@@ -93,28 +97,69 @@ class DistillationCriterion(nn.Module):
         read_targets: Callable[[Any], Targets] = pad_targets,
     ) -> None:
         super().__init__()
+        for name, model in (("student", student), ("teacher", teacher)):
+            validate_record(name, model, nn.Module, "the model itself")
         student, teacher = unwrap(student), unwrap(teacher)
         validate_apart(student, teacher)
+        validate_levels(levels)
+        for rule in (validate_positive, validate_in_unit_interval):
+            rule("group_share", group_share)
         self.criterion = criterion
         number = None if levels is None else len(levels[0])
-        self.distillation = distillation or distillation_loss(student, teacher, levels=number)
+        if distillation is None:
+            distillation = distillation_loss(student, teacher, levels=number)
+        validate_record("distillation", distillation, DETRDistillationLoss, "DETRDistillationLoss(terms)")
+        validate_heads(distillation, student, teacher)
+        if distillation.class_map is None:
+            validate_classes(student, teacher)
+        self.distillation = distillation
         self.query_projection = QueryProjection(student, teacher)
         self.to(next(student.parameters()).device)
         self.levels: tuple[Sequence[int] | None, Sequence[int] | None] = levels or (None, None)
         self.group_share, self.teacher_call, self.read_targets = group_share, teacher_call, read_targets
         self.teacher = FrozenTeacher(teacher)
-        self._student = (student,)  # in a tuple, so that it is no part of the criterion
-        self._taps: list[tuple[Tap, DetectorOutput, Any] | None] = []  # of forward passes that are under way
+        self._student: tuple[nn.Module, ...] = (student,)  # in a tuple, so that it is no part of the criterion
+        self._reading: tuple[Tap, DetectorOutput, Any] | None = None  # of the forward pass that is under way
         self._said: tuple[DetectorOutput, DetectorOutput] | None = None
         self._steps, self._weights_were_read, self._total_was_taken = 0, False, False
+        self._targets_were_seen = False
         weights = getattr(criterion, "weight_dict", None)
         self._weights = None if weights is None else {**weights, **dict.fromkeys(self.distillation.names, 1.0)}
-        self.detach = attach(student, self._before, self._after)
+        self._detach = attach(student, self._before, self._after)
+
+    def detach(self) -> None:
+        """Take the teacher off the student: from now on this is the original criterion."""
+        self._detach()
+        self._forget()
+        self._student = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are attached to no student, and hold nothing of a batch."""
+        return {**vars(self), "_student": (), "_detach": _nothing, "_said": None, "_reading": None}
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the state of the original criterion alone, too, as of a run that began without a teacher."""
+        of_others = self.criterion.state_dict(prefix=prefix)
+        if {key for key in state if key.startswith(prefix)} == of_others.keys():
+            own = {key: state.pop(key) for key in of_others}
+            state |= {f"{prefix}criterion.{key.removeprefix(prefix)}": value for key, value in own.items()}
+            for name in ("distillation", "query_projection"):
+                state |= self.get_submodule(name).state_dict(prefix=f"{prefix}{name}.")
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def _forget(self) -> None:
+        """Drop what is left of a pass that was interrupted, or whose loss nobody has asked for."""
+        if self._reading is not None:
+            tap, _, _ = self._reading
+            decoder = tap.found.decoder(tap.model)
+            with set_attribute("training", decoder.training, [decoder]):  # it may have been set since
+                tap.__exit__()
+        self._reading = self._said = None
 
     def _before(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the teacher, and begin to read the student."""
+        self._forget()
         if not student.training:
-            self._taps.append(None)
             return
         with torch.no_grad(), Tap(self.teacher.module) as tap:
             if self.teacher_call is not None:
@@ -125,14 +170,13 @@ class DistillationCriterion(nn.Module):
         group = None
         if "group" in self.distillation.needs:
             group = self.query_projection(tap.query_group(share=self.group_share))
-        self._taps.append((Tap(student).__enter__(), tap.output(levels=self.levels[1]), group))
+        self._reading = Tap(student).__enter__(), tap.output(levels=self.levels[1]), group
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
         """Read the student, and keep what both say for the criterion."""
-        reading = self._taps.pop() if self._taps else None
-        if reading is None:
+        if self._reading is None:
             return
-        tap, teacher_output, group = reading
+        (tap, teacher_output, group), self._reading = self._reading, None
         tap.__exit__()
         if outputs is not None:  # None: the forward pass has raised
             self._said = tap.output(group, levels=self.levels[0]), teacher_output
@@ -150,23 +194,22 @@ class DistillationCriterion(nn.Module):
             All terms by name.
 
         Raises:
-            RuntimeError: If the student trains and has made no forward pass.
+            RuntimeError: If the student trains and has made no forward pass: a copy of it has, for instance.
             TypeError: If the criterion answers no dict.
         """
         losses = self.criterion(outputs, targets, *args, **kwargs)
         said, self._said = self._said, None
         if said is None:
-            if self._student[0].training and self.training:
-                msg = "the student must make a forward pass in training mode before its criterion is called, got none"
-                raise RuntimeError(msg)
+            self._validate_not_training(losses)
             return losses  # type: ignore[no-any-return]
         if not isinstance(losses, Mapping):
             msg = f"`criterion` must answer a dict of losses, got {type(losses).__name__}"
             raise TypeError(msg)
         student_output, teacher_output = said
         padded = self.read_targets(targets).to(student_output.logits.device)
-        if self._steps == 0:
+        if not self._targets_were_seen and padded.labels.numel():
             _warn_of_targets(padded, student_output.logits.shape[-1])
+            self._targets_were_seen = True
         terms = self.distillation(student_output, teacher_output, padded)
         losses = {**losses, **terms}
         if TOTAL in losses:
@@ -176,6 +219,18 @@ class DistillationCriterion(nn.Module):
         if self._steps == 2:  # by now the engine has done with a step
             logging.getLogger(__name__).info("%s", self.counted)
         return losses
+
+    def _validate_not_training(self, losses: Any) -> None:
+        """Raise if losses of a batch that no teacher has seen are about to train a model."""
+        terms = list(losses.values()) if isinstance(losses, Mapping) else [losses]
+        have_gradients = any(isinstance(term, Tensor) and term.requires_grad for term in terms)
+        if self.training and any(student.training or have_gradients for student in self._student):
+            msg = (
+                "the student must make a forward pass in training mode before its criterion is called, got none: the "
+                "model that trains must be the student itself, no copy; `eval()` of the criterion, or `detach()`, "
+                "leaves the original losses alone"
+            )
+            raise RuntimeError(msg)
 
     @property
     def counted(self) -> str:
@@ -215,7 +270,13 @@ class DistillationCriterion(nn.Module):
 
         Returns:
             Whether it is.
+
+        Raises:
+            RuntimeError: If this is a copy, or was detached.
         """
+        if not self._student:
+            msg = "a criterion that was copied or detached has no student to check: make a new DistillationCriterion"
+            raise RuntimeError(msg)
         return check_setup(
             self._student[0],
             self.teacher.module,
@@ -236,18 +297,12 @@ class DistillationCriterion(nn.Module):
             return getattr(self.criterion, name)
 
 
+def _nothing() -> None:
+    """What a copy has to detach."""
+
+
 def _warn_of_targets(targets: Targets, num_classes: int) -> None:
     try:
         check_targets(*targets, num_classes=num_classes)
     except ValueError as error:
-        warnings.warn(f"the targets of the first batch: {error}", stacklevel=3)
-
-
-def validate_apart(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise if the models share parameters: those of the teacher are frozen."""
-    if not set(student.parameters()).isdisjoint(teacher.parameters()):
-        msg = (
-            "`teacher` must be another model than the student, with parameters of its own, since it is frozen; "
-            "copy.deepcopy makes one"
-        )
-        raise ValueError(msg)
+        warnings.warn(f"the targets of the first batch that has any: {error}", stacklevel=3)
