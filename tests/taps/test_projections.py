@@ -269,6 +269,9 @@ HAPPENINGS = (
     "overflow on one rank",
     "overflow on all ranks",
     "validation on one rank",
+    "check of the set-up on one rank",
+    "pass without a loss on one rank",
+    "copy of all on one rank",
 )
 
 
@@ -340,6 +343,14 @@ def train_with(rank: int, happening: str) -> dict[str, Any]:
                     decoder_parts.images(size=lineage.EVAL_SIZE)
                 )  # whose criterion counts over all processes, and so is not called here
             student.train()
+        if happening.startswith("check") and here:
+            criterion.check(lambda model: model(images), targets)  # noqa: B023 - called at once
+        if happening.startswith("pass") and here:
+            student(decoder_parts.images(seed=5))
+        if happening.startswith("copy") and here:
+            criterion.criterion.called_with = None  # outputs with a graph, which are not ours
+            _, other = copy.deepcopy(nn.ModuleList([criterion, student]))
+            other(images)
         after = criterion.distillation.parameters()
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
     return {"state": dict(criterion.distillation.state_dict()), "moved": moved}
