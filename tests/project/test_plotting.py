@@ -12,9 +12,12 @@ from torch.testing import assert_close
 
 import detr_kd_losses as dkl
 
-plotting = pytest.importorskip("detr_kd_losses.plotting", reason="needs matplotlib")
-images = pytest.importorskip("detr_kd_losses.plotting.images", reason="needs matplotlib")
-figures = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
+pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+from matplotlib import figure as figures
+
+from detr_kd_losses import plotting
+from detr_kd_losses.plotting import images
 
 IMAGE = torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0))
 

@@ -168,6 +168,7 @@ class Collate:
 class TestWorkers:
     """Read where the data loader reads."""
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
     @pytest.mark.parametrize("method", ["fork", "spawn"])
     def test_of_a_data_loader(self, tmp_path, method):
         with dkl.PredictionWriter(tmp_path, images_per_file=3) as writer:
