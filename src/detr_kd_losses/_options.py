@@ -37,7 +37,10 @@ def class_map(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         validate_dtype(name, value, torch.int64)
     elif value is not None:
-        index = torch.as_tensor(value)
+        try:
+            index = torch.as_tensor(value)
+        except (RuntimeError, TypeError, ValueError):  # a dict, names of classes
+            index = torch.zeros(1)
         wrong = index.dtype != torch.int64 or index.ndim != 1 or bool((index < -1).any())
         if wrong and index.numel():
             msg = f"`{name}` must be a sequence of class numbers, -1 = dropped, got {value!r}"

@@ -108,3 +108,35 @@ def test_heads_for_coco_teach_each_other_by_the_map(student: int, teacher: int) 
     assert terms["loss_kd_class"].item() < 1e-6
     wrong = loss(dkl.DetectorOutput(expected.roll(1, -1), box), dkl.DetectorOutput(say, box), truth)
     assert wrong["loss_kd_class"].item() > 1
+
+
+@pytest.mark.parametrize("class_map", [{0: 1, 1: 0}, ["dog", "cat"], [[0], [1, 2]]])
+def test_a_class_map_that_is_no_sequence_of_numbers(class_map: Any) -> None:
+    with pytest.raises(ValueError, match="`class_map` must be a sequence of class numbers, -1 = dropped, got"):
+        dkl.DETRDistillationLoss(class_map=class_map)
+
+
+@pytest.mark.parametrize("number", ["int32", "float", "pixels", "fewer images", "no list"])
+def test_targets_of_another_kind_are_named(number: str) -> None:
+    criterion = DistillationCriterion(SetCriterion(), *models(None, None))
+    criterion.criterion.forward = lambda outputs, targets: {}
+    right = targets()
+    given, message = {
+        "int32": ([{**one, "labels": one["labels"].int()} for one in right], r"targets\[0\]\['labels'\].*int64"),
+        "float": ([{**one, "labels": one["labels"].float()} for one in right], r"targets\[0\]\['labels'\].*int64"),
+        "pixels": ([{**one, "boxes": one["boxes"].long()} for one in right], r"targets\[0\]\['boxes'\].*floating"),
+        "fewer images": (right[:1], r"`target_labels` must have the batch dimensions"),
+        "no list": ({"labels": right}, r"`targets\[0\]` must be a mapping with 'labels' and 'boxes', got str"),
+    }[number]
+    (student,) = criterion._student
+    with pytest.raises((TypeError, ValueError), match=message):
+        criterion(student.train()(images()), given)
+
+
+@pytest.mark.parametrize("collate", [tuple, lambda images: [{"class_labels": x["labels"], **x} for x in images]])
+def test_targets_as_collators_leave_them(collate: Any) -> None:
+    """DETR's makes a tuple; transformers has another name for labels."""
+    criterion = DistillationCriterion(SetCriterion(), *models(None, None))
+    (student,) = criterion._student
+    losses = [criterion(student.train()(x=images()), given) for given in (targets(), collate(targets()))]
+    assert losses[0]["loss_kd_class"] == losses[1]["loss_kd_class"]

@@ -93,6 +93,19 @@ def test_targets_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("targets") and "`target_boxes` must" in line for line in lines(capsys.readouterr().out))
 
 
+def test_targets_as_corners(capsys: pytest.CaptureFixture[str]) -> None:
+    """All numbers are in [0, 1], and every box is another."""
+    pair = lineage.build("v2"), lineage.build("v2", seed=1)
+    corners = [{**image, "boxes": dkl.box_cxcywh_to_xyxy(image["boxes"])} for image in targets()]
+    assert not check_setup(*pair, run, dkl.pad_targets(corners))
+    assert any("would all be right as xyxy" in line for line in lines(capsys.readouterr().out))
+    criterion = DistillationCriterion(SetCriterion(), *pair)
+    with pytest.warns(
+        UserWarning, match="first batch that has any: `target_boxes` must be cxcywh, got boxes that reach"
+    ):
+        criterion(pair[0].train()(images()), corners)
+
+
 def test_boxes_in_pixels(capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = repositories.build("rf_detr"), repositories.build("rf_detr", seed=1)
     teacher.references.weight.data.fill_(0)

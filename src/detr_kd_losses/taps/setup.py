@@ -26,6 +26,7 @@ __all__ = ["Finding", "check_setup"]
 
 Levels = tuple["Sequence[int] | None", "Sequence[int] | None"]
 SMALL = 1e-4
+CORNERS = "`target_boxes` must be cxcywh, got boxes that reach beyond the image and would all be right as xyxy"
 
 
 class Finding(NamedTuple):
@@ -187,7 +188,17 @@ def _of_targets(targets: Targets, num_classes: int) -> Finding:
         check_targets(*targets, num_classes=num_classes)
     except ValueError as error:
         return Finding("targets", False, str(error))
+    if are_corners(targets):
+        return Finding("targets", False, CORNERS)
     return Finding("targets", True, f"{int(targets.mask.sum())} on {len(targets.mask)} images, cxcywh in [0, 1]")
+
+
+def are_corners(targets: Targets) -> bool:
+    """Whether all boxes would be right as xyxy, and one reaches beyond the image by a hundredth as cxcywh."""
+    boxes = targets.boxes[targets.mask]
+    centres, sizes = boxes[:, :2], boxes[:, 2:]
+    beyond = (centres - sizes / 2 < -0.01) | (centres + sizes / 2 > 1.01)
+    return bool((sizes > centres).all() and beyond.any())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from detr_kd_losses.taps.find import unwrap
 from detr_kd_losses.taps.loss import distillation_loss
 from detr_kd_losses.taps.projections import learn_projections
 from detr_kd_losses.taps.queries import QueryProjection
-from detr_kd_losses.taps.setup import check_setup
+from detr_kd_losses.taps.setup import CORNERS, are_corners, check_setup
 from detr_kd_losses.taps.tap import Tap, set_attribute
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_targets
@@ -304,5 +304,7 @@ def _nothing() -> None:
 def _warn_of_targets(targets: Targets, num_classes: int) -> None:
     try:
         check_targets(*targets, num_classes=num_classes)
+        if are_corners(targets):
+            raise ValueError(CORNERS)
     except ValueError as error:
         warnings.warn(f"the targets of the first batch that has any: {error}", stacklevel=3)
