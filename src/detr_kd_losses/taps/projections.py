@@ -136,7 +136,7 @@ class _GradientAverage:
     """Averages gradients over the processes as soon as all have theirs.
 
     That is in the backward pass, which no process skips, and before the student's gradients, whose averages
-    DistributedDataParallel takes: the losses were computed after the student, so their backward pass comes first.
+    DistributedDataParallel takes: all that uses them runs after the student, so its backward pass comes first.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -169,7 +169,7 @@ class DistillationCriterion(nn.Module):
                 self.teacher(images, **masks)
         group = None
         if "group" in self.distillation.needs:
-            group = self.query_projection(tap.query_group(share=self.group_share))
+            group = tap.query_group(share=self.group_share)
         self._reading = Tap(student).__enter__(), tap.output(levels=self.levels[1]), group
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
@@ -178,8 +178,13 @@ class DistillationCriterion(nn.Module):
             return
         (tap, teacher_output, group), self._reading = self._reading, None
         tap.__exit__()
-        if outputs is not None:  # None: the forward pass has raised
-            self._said = tap.output(group, levels=self.levels[0]), teacher_output
+        if outputs is None:  # the forward pass has raised
+            return
+        if group is not None:
+            # Projected after the student's own pass, so that the backward pass comes here before any part of the
+            # student: processes whose terms differ would otherwise average projections and student in another order.
+            group = self.query_projection(group)
+        self._said = tap.output(group, levels=self.levels[0]), teacher_output
 
     def forward(self, outputs: Any, targets: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the terms of the criterion, and in training those of the distillation.
