@@ -110,3 +110,13 @@ def targets(batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
         }
         for count in counts
     ]
+
+
+class NestedTensor:
+    """Images and their padding, as most of the repositories pass them: no tensor, with a device of none."""
+
+    def __init__(self, tensors: Tensor, padded: int = 0) -> None:
+        self.tensors = tensors
+        self.mask = torch.zeros(tensors[:, 0].shape, dtype=torch.bool, device=tensors.device)
+        if padded:
+            self.mask[-1, :, -padded:] = True

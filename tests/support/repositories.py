@@ -17,6 +17,7 @@ from support.decoder_parts import (
     WIDTH,
     Backbone,
     Layer,
+    NestedTensor,
     as_layers,
     flatten,
     heads,
@@ -27,16 +28,6 @@ from support.decoder_parts import (
 )
 
 QUERIES, LAYERS, DENOISING, GROUPS = 6, 3, 4, 3
-
-
-class NestedTensor:
-    """Images and their padding, as most of the repositories pass them: no tensor, with a device of none."""
-
-    def __init__(self, tensors: Tensor, padded: int = 0) -> None:
-        self.tensors = tensors
-        self.mask = torch.zeros(tensors[:, 0].shape, dtype=torch.bool, device=tensors.device)
-        if padded:
-            self.mask[-1, :, -padded:] = True
 
 
 class Decoder(nn.Module):
