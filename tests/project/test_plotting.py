@@ -121,6 +121,21 @@ class TestMatching:
             ({"assignment": assignment.int()}, TypeError, "`assignment` must have dtype torch.int64"),
             ({"assignment": assignment[..., 1:]}, ValueError, "`assignment` and `student.logits` must have the same"),
             ({"teacher_positive": assignment}, TypeError, "`teacher_positive` must have dtype torch.bool"),
+            (
+                {"assignment": assignment.where(assignment != 3, 9)},
+                ValueError,
+                r"`assignment` must be in \[-1, 9\), got 9",
+            ),
+            (
+                {"teacher_positive": torch.ones(2, 2, 8).bool()},
+                ValueError,
+                "`teacher_positive` and `teacher_logits`",
+            ),
+            (
+                {"class_names": ["cat", "dog"]},
+                ValueError,
+                "`class_names` must have a name for each of 3",
+            ),
             ({"max_links": 1.5}, TypeError, "`max_links` must be a whole number, got 1.5"),
             ({"index": 2}, ValueError, r"`index` must be in 0, \.\.\., 1, got 2"),
             ({"stage": 2}, ValueError, r"`stage` must be in -2, \.\.\., 1, got 2"),

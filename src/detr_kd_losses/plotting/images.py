@@ -13,13 +13,12 @@ from torch import Tensor
 from detr_kd_losses._validation import (
     validate_boxes,
     validate_count,
-    validate_dtype,
     validate_floating,
     validate_predictions,
-    validate_same_shape,
 )
 from detr_kd_losses.heads import Activation, log_scores, num_classes_of
 from detr_kd_losses.outputs import DetectorOutput, Predictions
+from detr_kd_losses.pairs import validate_assignment, validate_teacher_positive
 from detr_kd_losses.plotting._style import COLOURS, DASHES, GREY, INK, axes_or_new
 from detr_kd_losses.stages import select_stages
 
@@ -83,16 +82,17 @@ def plot_matching(
         4
     """
     validate_count("max_links", max_links)
+    teacher = Predictions(*_stages_of(student, teacher.logits, teacher.boxes, dims=3))
     pairs = (
         _Side("student", student, index, stage, student_activation),
-        _Side("teacher", _as_deep(teacher, student), index, stage, teacher_activation),
+        _Side("teacher", teacher, index, stage, teacher_activation),
     )
-    validate_dtype("assignment", assignment, torch.int64)
+    _validate_names(class_names, *pairs)
+    validate_assignment("assignment", assignment, "student.logits", student.logits, teacher.logits.shape[-2])
     matched = _one(assignment, index, stage, 1)
-    validate_same_shape("assignment", matched.shape, "student.logits", pairs[0].boxes.shape[:1], "(..., N)")
     if teacher_positive is not None:
-        validate_dtype("teacher_positive", teacher_positive, torch.bool)
         (teacher_positive,) = _stages_of(student, teacher_positive, dims=2)
+        validate_teacher_positive(teacher_positive, teacher.logits)
         positive = _one(teacher_positive, index, stage, 1)
         matched = matched.where((matched >= 0) & positive[matched.clamp(min=0)], -1)
     ax = axes_or_new(ax)
@@ -133,7 +133,8 @@ class _Side:
         _validate_place("stage", stage, range(-stages, stages))
         self.boxes = _one(output.boxes, index, stage, 2).detach().float().cpu()
         logits = _one(output.logits, index, stage, 2).detach().float().cpu()
-        scores = log_scores(logits, activation).log_p.exp()[:, : num_classes_of(logits, activation)]
+        self.num_classes = num_classes_of(logits, activation)
+        scores = log_scores(logits, activation).log_p.exp()[:, : self.num_classes]
         self.scores, self.classes = scores.max(-1)
 
 
@@ -143,14 +144,17 @@ def _one(values: Tensor, index: int, stage: int, dims: int) -> Tensor:
     return values[stage, index].cpu()
 
 
-def _as_deep(teacher: DetectorOutput | Predictions, student: DetectorOutput | Predictions) -> Predictions:
-    """The layers of the teacher that teach those of the student."""
-    return Predictions(*_stages_of(student, teacher.logits, teacher.boxes, dims=3))
-
-
 def _stages_of(student: DetectorOutput | Predictions, *values: Tensor, dims: int) -> list[Tensor]:
+    """Of each of the teacher's `values` the layers that teach those of the student."""
     layers = len(student.boxes) if student.boxes.ndim == 4 else 1
     return [one if one.ndim == dims else select_stages(one, layers) for one in values]
+
+
+def _validate_names(names: Sequence[str] | None, *sides: _Side) -> None:
+    most = max(side.num_classes for side in sides)
+    if names is not None and len(names) < most:
+        msg = f"`class_names` must have a name for each of {most} classes, got {len(names)}"
+        raise ValueError(msg)
 
 
 def _validate_place(name: str, value: int, places: range) -> None:
