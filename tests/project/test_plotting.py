@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import subprocess
 import sys
@@ -201,6 +202,14 @@ def test_magnitudes(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == list(magnitudes)
     (dots,) = (line for line in ax.lines if line.get_label() == "value")
     assert dots.get_xdata() == pytest.approx([magnitude.relative_value.item() for magnitude in magnitudes.values()])
+
+
+def test_magnitudes_beside_a_task_without_a_gradient(ax):
+    numbers = torch.tensor([[1.0, 2.0, torch.inf, torch.inf], [0.0, 0.0, torch.nan, torch.nan], [0.0, 0.0, 0.0, 0.0]])
+    magnitudes = {name: dkl.LossMagnitude(*row) for name, row in zip("abc", numbers, strict=True)}
+    plotting.plot_magnitudes(magnitudes, ax=ax)
+    ax.figure.savefig(io.BytesIO())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a: inf", "b: nan", "c"]
 
 
 def test_curves_differ_by_more_than_their_colour(ax):

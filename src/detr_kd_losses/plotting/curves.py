@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -100,7 +101,8 @@ def plot_magnitudes(magnitudes: Mapping[str, LossMagnitude], *, ax: Axes | None 
         ax: Where to draw. Its horizontal axis becomes logarithmic.
 
     Returns:
-        The Axes, with a bar for each term, from the top in the order given.
+        The Axes, with a bar for each term, from the top in the order given. What is not finite, as where the task's
+        loss has no gradient, has no bar, and stands behind the name of its term.
 
     Examples:
         >>> from matplotlib.figure import Figure
@@ -112,15 +114,22 @@ def plot_magnitudes(magnitudes: Mapping[str, LossMagnitude], *, ax: Axes | None 
     ax = axes_or_new(ax)
     rows = range(len(magnitudes))
     norms = [float(magnitude.relative_gradient_norm) for magnitude in magnitudes.values()]
-    ax.barh(rows, norms, height=0.55, color=COLOURS[0], label="gradient")
+    ax.barh(rows, [_drawn(norm) for norm in norms], height=0.55, color=COLOURS[0], label="gradient")
     values = [float(magnitude.relative_value) for magnitude in magnitudes.values()]
-    ax.plot(values, rows, "D", ms=6, color=COLOURS[5], mec="white", ls="none", label="value")
+    ax.plot(
+        [_drawn(value) for value in values], rows, "D", ms=6, color=COLOURS[5], mec="white", ls="none", label="value"
+    )
     ax.axvline(1.0, color=INK, lw=1, ls=DASHES[1], label="the task's loss")
     ax.set_xscale("log")
-    ax.set_yticks(rows, list(magnitudes))
+    names = [name if math.isfinite(norm) else f"{name}: {norm}" for name, norm in zip(magnitudes, norms, strict=True)]
+    ax.set_yticks(rows, names)
     ax.invert_yaxis()
     _frame(ax, "relative to the task's own loss", "")
     return ax
+
+
+def _drawn(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
 
 
 def _curve(ax: Axes, steps: Tensor, values: Tensor, number: int, name: str) -> None:
