@@ -46,7 +46,8 @@ class DETRDistillationLoss(OptionModule):
     teacher's: ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but
     with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(weight=20.0,
     variant="official", relative=False), QueryGroupTerm()]``.
-    Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 5.0``.
+    Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 5.0``. Weights are
+    constant until you change them; in a long training let them fall (:func:`cosine_decay`).
 
     Args:
         terms: The name of a preset; terms; or terms by name, where two are of the same kind.
