@@ -119,6 +119,18 @@ SETTINGS = {
         decayed(assigned_group() | features()), change=send_best_queries
     ),
     "shared queries in the first half + features, decayed": Setting(first_half(shared_queries()) | decayed(features())),
+    "best queries in the first half + features, decayed": Setting(
+        first_half(shared_queries()) | decayed(features()), change=send_best_queries
+    ),
+    "best queries + features x3, decayed": Setting(
+        decayed(shared_queries() | features(weight=60.0)), change=send_best_queries
+    ),
+    "best queries x2 + features, decayed": Setting(
+        decayed(shared_queries(weight=2.0) | features()), change=send_best_queries
+    ),
+    "best queries + logits / 4 + features, decayed": Setting(
+        decayed(shared_queries() | logits(weight=0.25) | features()), change=send_best_queries
+    ),
     "assigned group + features, decayed": Setting(decayed(assigned_group() | features())),
     "paper": Setting(logits() | features(weight=10.0) | assigned_group()),
     "paper, decayed": Setting(decayed(logits() | features(weight=10.0) | assigned_group())),

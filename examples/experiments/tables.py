@@ -17,7 +17,7 @@ class Table(NamedTuple):
     seeds: int = 5
 
     def runs(self) -> Iterator[Run]:
-        """Yield seed by seed, so that whenever a session ends some seeds are complete."""
+        """Yield seed by seed, so that whenever the runner stops some seeds are complete."""
         for seed in range(self.seeds):
             for setting in self.settings:
                 for steps in self.steps:
@@ -36,6 +36,13 @@ FIRST = (
     "logits / 4 + features, decayed",
     "logits through targets / 4 + features, decayed",
     "assigned group, decayed",
+)
+CANDIDATES = (  # compared on validation images, to choose a preset
+    "best queries + features, decayed",
+    "best queries in the first half + features, decayed",
+    "best queries + features x3, decayed",
+    "best queries x2 + features, decayed",
+    "best queries + logits / 4 + features, decayed",
 )
 PRESETS = (
     "alone",
@@ -80,6 +87,8 @@ TABLES = {
     "main": Table("shapes", (2000,), FIRST),
     "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
     "presets": Table("shapes", (2000,), PRESETS),
+    "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
+    "preset": Table("shapes", (2000,), CANDIDATES, seeds=2),
     "curves": Table("shapes", (1000, 4000, 8000), PRESETS[:4], seeds=3),
     "long": Table("shapes", (6000,), PRESETS[:4], seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),

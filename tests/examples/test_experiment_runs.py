@@ -1,4 +1,4 @@
-"""The runner of the experiments: rows that are kept, and a session that goes on where it was stopped."""
+"""The runner of the experiments: rows that are kept, and a runner that goes on where it was stopped."""
 
 from __future__ import annotations
 
