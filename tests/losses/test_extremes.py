@@ -156,3 +156,39 @@ def test_queries_of_no_weight_have_no_part():
     assert losses["loss_class"].isfinite()
     assert logits.grad.isfinite().all()
     assert not logits.grad[0, 1].any()
+
+
+@pytest.mark.parametrize("boxes", [None, BOXES[None]], ids=["all cells", "within boxes"])
+@pytest.mark.parametrize("size", [(4, 4), (7, 5)], ids=["as large", "resized"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cell_that_a_mask_rules_out(dtype, size, boxes):
+    """Minus infinity is the limit of a low logit, and plus infinity of a high one, for teacher and student."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 4, *cells, generator=generator).to(dtype) for cells in ((4, 4), size))
+    infinite = []
+    for masks in (student, teacher):
+        masks[:, :, 2:], masks[:, :, :1] = -60, 60
+        infinite.append(torch.where(masks == -60, -INF, torch.where(masks == 60, INF, masks)))
+    results = []
+    for own, others in ((student, teacher), infinite):
+        leaf = own.detach().requires_grad_()
+        loss = dkl.mask_distillation_loss(leaf, others, torch.arange(4)[None], boxes=boxes)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert results[1][0].isfinite()
+    assert results[1][1].isfinite().all()
+    if size == (4, 4):  # resized, a cell between infinity and a number is infinite
+        assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "pearson"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-14, 1e-18, 1e-30, 0.0])
+def test_features_of_nearly_no_length_have_finite_gradients(size, dtype, distance):
+    """The third power of the inverse of a length is in its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 6, 5, 5, generator=generator) for _ in range(2))
+    student = (student * size).to(dtype).requires_grad_()
+    loss = dkl.feature_distillation_loss(student, teacher.to(dtype), distance=distance)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()

@@ -128,14 +128,21 @@ def _compare(
     with torch.no_grad():
         # Gathered before they are resized: nothing is of the size of all the teacher's masks at the student's.
         taught = gather_partners(teacher.flatten(-2), assignment).reshape(*assignment.shape, *teacher.shape[-2:])
-        taught = _resize(taught.where(matched, 0.0).to(dtype), size).where(part, 0.0) / temperature
+        taught = _resize(_finite(taught.where(matched, 0.0).to(dtype)), size).where(part, 0.0)
+        taught = _finite(taught / temperature)
         scores = taught.sigmoid()
         entropy = F.binary_cross_entropy_with_logits(taught, scores, reduction="none").sum((-2, -1))
         del taught
-    own_masks = student.where(part, 0.0).to(dtype) / temperature
+    own_masks = _finite(student.where(part, 0.0).to(dtype) / temperature)
     # The same function of both, so that equal masks have no distance, to the last bit.
     cross_entropy = F.binary_cross_entropy_with_logits(own_masks, scores, reduction="none").sum((-2, -1))
     return (cross_entropy - entropy) / number
+
+
+def _finite(masks: Tensor) -> Tensor:
+    """Infinite logits as the largest numbers: nothing, times an infinite logit, is not a number; here it is 0."""
+    largest = torch.finfo(masks.dtype).max / 2  # half, as a resized one is a sum of rounded parts
+    return masks.clamp(-largest, largest)
 
 
 def _resize(masks: Tensor, size: tuple[int, ...]) -> Tensor:

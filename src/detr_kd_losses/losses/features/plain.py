@@ -165,7 +165,13 @@ def _angle(
 def _direction(features: Tensor) -> tuple[Tensor, Tensor]:
     """Features of length 1, or 0 where they have no length, and where they have one."""
     square = features.square().sum(1, keepdim=True)
-    return features * _inverse_root(square, square > 0), square > 0
+    long = square > _least_square(square)
+    return features * _inverse_root(square, long), long
+
+
+def _least_square(square: Tensor) -> float:
+    """Below it a length counts as 0: the gradient of its inverse, a third power, would overflow."""
+    return torch.finfo(square.dtype).tiny ** (2 / 3)
 
 
 def _moments(
@@ -180,7 +186,7 @@ def _moments(
     mean = mean_of(partial(_sum, dtype=number.dtype))
     variance = mean_of(_squares, mean)
     # Below it is the rounding of a mean.
-    least = (8 * torch.finfo(mean.dtype).eps * mean).square()
+    least = (8 * torch.finfo(mean.dtype).eps * mean).square().clamp(min=_least_square(mean))
     return mean, _inverse_root(variance, variance > least)
 
 
