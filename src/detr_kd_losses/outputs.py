@@ -160,8 +160,8 @@ def pad_targets(targets: Iterable[Mapping[str, Tensor]]) -> Targets:
         :class:`Targets` with T = max T_i, boxes in the widest of their dtypes.
 
     Raises:
-        ValueError: If there is no image, labels are missing, labels and boxes of an image differ in number, or images
-            are on different devices.
+        ValueError: If there is no image, labels are missing or told twice with different values, labels and boxes of
+            an image differ in number, or images are on different devices.
         TypeError: If an image is no mapping, or a dtype does not fit.
 
     Examples:
@@ -175,13 +175,17 @@ def pad_targets(targets: Iterable[Mapping[str, Tensor]]) -> Targets:
         if not isinstance(image, Mapping):
             msg = f"`targets[{index}]` must be a mapping with 'labels' and 'boxes', got {type(image).__name__}"
             raise TypeError(msg)
-        key = next((name for name in ("labels", "class_labels") if name in image), None)
+        keys = [name for name in ("labels", "class_labels") if name in image]
+        key = keys[0] if keys else None
         if key is None or "boxes" not in image:
             msg = f"`targets[{index}]` must have 'labels' (or 'class_labels') and 'boxes', got {sorted(image)}"
             raise ValueError(msg)
         validate_dtype(f"targets[{index}][{key!r}]", image[key], torch.int64)
         validate_boxes(f"targets[{index}]['boxes']", image["boxes"])
         validate_same_shape(f"targets[{index}][{key!r}]", image[key].shape, "boxes", image["boxes"].shape[:-1], "(T,)")
+        if len(keys) == 2 and not torch.equal(*(image[name].cpu() for name in keys)):
+            msg = f"`targets[{index}]` must have 'labels' or 'class_labels', got both, with different values"
+            raise ValueError(msg)
         labels.append(image[key])
         boxes.append(image["boxes"])
         for field, tensor in ((key, labels[-1]), ("boxes", boxes[-1])):

@@ -154,3 +154,25 @@ class TestPadTargets:
     def test_the_dict_of_one_image_is_no_batch(self):
         with pytest.raises(TypeError, match=r"`targets\[0\]` must be a mapping with 'labels' and 'boxes', got str"):
             dkl.pad_targets({"labels": torch.tensor([1]), "boxes": torch.rand(1, 4)})
+
+
+def test_labels_of_two_names():
+    """A collator may write both; they are the same, or nobody knows which are meant."""
+    boxes, labels = torch.rand(1, 4), torch.tensor([1])
+    assert dkl.pad_targets([{"labels": labels, "class_labels": labels.clone(), "boxes": boxes}]).labels.item() == 1
+    with pytest.raises(ValueError, match=r"`targets\[1\]` must have 'labels' or 'class_labels', got both"):
+        dkl.pad_targets(
+            [{"labels": labels, "boxes": boxes}, {"labels": labels, "class_labels": 1 - labels, "boxes": boxes}]
+        )
+
+
+@pytest.mark.parametrize("first", [None, "a mask"])
+def test_a_level_that_is_no_tensor_is_named(first):
+    """One of several levels decides for none of the others."""
+    level, mask = torch.rand(2, 8, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool)
+    for call in (
+        lambda masks: dkl.feature_distillation_loss([level] * 2, [level] * 2, padding_mask=masks),
+        lambda masks: dkl.FeatureProjection()([level] * 2, [level] * 2, masks),
+    ):
+        with pytest.raises(TypeError, match=r"`padding_mask\[1\]` must be a tensor, got"):
+            call([mask, first])

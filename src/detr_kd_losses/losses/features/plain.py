@@ -171,7 +171,7 @@ def _direction(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _least_square(square: Tensor) -> float:
     """Below it a length counts as 0: the gradient of its inverse, a third power, would overflow."""
-    return torch.finfo(square.dtype).tiny ** (2 / 3)
+    return float(torch.finfo(square.dtype).tiny ** (2 / 3))
 
 
 def _moments(

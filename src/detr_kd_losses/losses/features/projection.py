@@ -24,7 +24,10 @@ def as_levels(name: str, levels: Levels) -> list[Tensor]:
     if isinstance(levels, Tensor):
         return [levels]
     validate_type(name, levels, Iterable, "a tensor or a sequence of levels")
-    return list(levels)
+    each = list(levels)
+    for index, level in enumerate(each):
+        validate_type(f"{name}[{index}]", level, Tensor, "a tensor")
+    return each
 
 
 class FeatureProjection(nn.ModuleList):
