@@ -64,6 +64,21 @@ def test_a_loss_returns_tensors(answer):
     assert f"needs a loss that returns a tensor or a dict of tensors, got {type(answer).__name__};" in message
 
 
+@pytest.mark.parametrize("law", ["non_negative", "no_targets", "weights_linear"])
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        ({}, "an empty dict"),
+        ({"loss_class": torch.zeros(()), "loss_bbox": 0.5}, "dict with {'loss_bbox': 'float'}"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_tensor_is_no_term(law, answer, got):
+    """Terms that were summed up by `.item()` have no gradient; an empty dict would be finite, and at least 0."""
+    message = not_applicable(testing.DETECTION_LAWS[law], lambda *args, **options: answer)
+    assert f"{law} needs a loss that returns a tensor or a dict of tensors, got {got};" in message
+
+
 def test_all_that_must_be_skipped_is_told_at_once():
     with pytest.raises(testing.LawNotApplicable) as error:
         testing.check_hungarian_distillation_loss(plain_loss, max_examples=2)

@@ -143,6 +143,22 @@ def test_a_function_that_draws_numbers_is_told_so():
     assert "<lambda> answers the same call in two ways, once with loss must be at least 0, got -1.0" in str(error)
 
 
+@pytest.mark.parametrize("laws", [LAWS, testing.FEATURE_LAWS], ids=["tensors", "levels"])
+def test_a_function_that_changes_its_arguments_is_told_so(laws):
+    """What it is called with next would not be what the law says of it."""
+
+    def halves(*args, **options):
+        tensors = [level for argument in args for level in (argument if isinstance(argument, list) else [argument])]
+        with torch.no_grad():
+            next(reversed([tensor for tensor in tensors if tensor.is_floating_point()])).mul_(0.5)
+        return torch.zeros(())
+
+    error = failure(laws["non_negative"], halves)
+    assert re.fullmatch(
+        r"halves must leave its arguments as they are, got argument \d changed in place", str(error).splitlines()[1]
+    )
+
+
 def test_nan_is_named():
     error = failure(LAWS["student_permutation"], lambda *args, **options: torch.tensor(float("nan")))
     assert "\nloss is NaN in both calls, and must be a number\n" in str(error)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detr_kd_losses.testing.requirements import Terms
-from detr_kd_losses.testing.subject import MissingError, Subject
+from detr_kd_losses.testing.subject import MissingError, Subject, terms_of
 
 __all__ = ["Arguments", "Signature", "remember_call"]
 
@@ -262,11 +262,7 @@ class Arguments:
 
     def terms(self, loss: Callable[..., Any], **options: Any) -> Terms:
         """The loss's terms by name; a bare scalar is called ``loss``."""
-        answer = self.call(loss, **options)
-        if not isinstance(answer, (Tensor, Mapping)):
-            msg = f"needs a loss that returns a tensor or a dict of tensors, got {type(answer).__name__}"
-            raise MissingError(msg)
-        return {"loss": answer} if isinstance(answer, Tensor) else dict(answer)
+        return terms_of(self.call(loss, **options))
 
     def terms_and_gradients(self, loss: Callable[..., Any], **options: Any) -> tuple[Terms, Terms]:
         """The loss's terms, and the gradient of their sum for each student argument."""

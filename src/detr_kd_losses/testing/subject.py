@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["LawNotApplicable", "MissingError", "Subject", "name_of"]
+__all__ = ["LawNotApplicable", "MissingError", "Subject", "name_of", "terms_of"]
 
 # A law may make many calls; the last ones are those that it compared.
 _CALLS_SHOWN = 4
@@ -119,6 +119,7 @@ class Subject:
     def answer(self, call: Call, args: Sequence[Any], keywords: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         """The function's answer to a call, which is remembered."""
         self.calls.append((call, dict(options)))
+        before = [(index, tensor, tensor._version) for index, tensor in _tensors(args)]
         try:
             answer = self.function(*args, **keywords, **options)
         except TypeError as error:
@@ -128,6 +129,10 @@ class Subject:
                 msg = f"needs a function that takes {refused[1]}, got TypeError: {error}"
                 raise MissingError(msg) from error
             raise
+        for index, tensor, version in before:
+            if tensor._version != version:
+                msg = f"{self.name} must leave its arguments as they are, got argument {index} changed in place"
+                raise AssertionError(msg)
         if self._terms:
             self._require_terms(answer)
         return answer
@@ -136,6 +141,7 @@ class Subject:
         if isinstance(answer, Tensor):
             msg = "needs a loss that returns terms by name (a dict), got a scalar"
             raise MissingError(msg)
+        answer = terms_of(answer)
         absent = [name for name in self._terms if name not in answer]
         if absent:
             msg = f"needs a loss that returns the terms {', '.join(self._terms)}, got {', '.join(answer)}"
@@ -156,11 +162,33 @@ class Subject:
         return [head, *(f"  {call}" for call in shown)]
 
 
+def terms_of(answer: Any) -> dict[str, Tensor]:
+    """What a loss returned, by name; a bare tensor is called ``loss``. Anything else is a :class:`MissingError`."""
+    if isinstance(answer, Tensor):
+        return {"loss": answer}
+    got = type(answer).__name__
+    if isinstance(answer, Mapping):
+        others = {name: type(term).__name__ for name, term in answer.items() if not isinstance(term, Tensor)}
+        if answer and not others:
+            return dict(answer)
+        got = f"{got} with {others}" if others else f"an empty {got}"
+    msg = f"needs a loss that returns a tensor or a dict of tensors, got {got}"
+    raise MissingError(msg)
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """The name of a function under its partials, or of a Module's class."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
+    """The tensors of the arguments and their levels, with the argument's place, that count what changes them."""
+    for index, argument in enumerate(args):
+        for tensor in argument if isinstance(argument, list | tuple) else [argument]:
+            if isinstance(tensor, Tensor) and not tensor.is_inference():
+                yield index, tensor
 
 
 def _parameters(function: Callable[..., Any]) -> inspect.Signature | None:
