@@ -239,6 +239,16 @@ def test_wrapped_models_are_unwrapped() -> None:
     assert Tap(DistributedDataParallel(model)).model is model
 
 
+def test_copies_of_data_parallel_are_refused() -> None:
+    """As `nn.DataParallel` makes them for each GPU: they share their hooks, and run in threads."""
+    model = lineage.build("v2")
+    replica, transformer = (module._replicate_for_data_parallel() for module in (model, model.decoder))
+    replica._modules["decoder"] = transformer
+    transformer._modules["decoder"] = model.decoder.decoder._replicate_for_data_parallel()
+    with Tap(model), pytest.raises(RuntimeError, match=r"DecoderV2 must not run in torch\.nn\.DataParallel"):
+        replica(images())
+
+
 def test_models_without_a_known_decoder() -> None:
     with pytest.raises(
         ValueError, match=r"arguments are those of one of D-FINE, RT-DETR, RF-DETR.*; Linear has none: write a D"

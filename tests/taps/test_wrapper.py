@@ -208,3 +208,10 @@ def test_boxes_in_pixels_are_told_of() -> None:
     criterion(student.train()(images(), nothing), nothing)
     with pytest.warns(UserWarning, match=r"targets of the first batch that has any: `target_boxes` must"):
         criterion(student.train()(images(), targets()), wrong)
+
+
+def test_copies_of_data_parallel_are_refused() -> None:
+    criterion, student = wrapped()
+    with pytest.raises(RuntimeError, match=r"Lineage must not run in torch\.nn\.DataParallel"):
+        student.train()._replicate_for_data_parallel()(images())
+    assert criterion(student(images()), targets())

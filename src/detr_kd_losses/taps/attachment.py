@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
+from detr_kd_losses.taps.find import validate_no_replica
+
 __all__ = ["attach", "images_and_masks"]
 
 MASKS = ("mask", "pixel_mask")  # arguments that a teacher needs beside the images
@@ -42,8 +44,13 @@ def attach(module: nn.Module, before: Callable[..., Any], after: Callable[..., A
         A function that takes both off.
     """
     _attached.get(module, lambda: None)()
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        validate_no_replica(module)
+        before(module, args, kwargs)
+
     handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_pre_hook(begin, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
     own = {handle.id for handle in handles}

@@ -12,7 +12,7 @@ from torch import nn
 from detr_kd_losses.taps.families import BY_ARGUMENTS, BY_MODEL_TYPE
 from detr_kd_losses.taps.record import Description
 
-__all__ = ["Found", "find_decoder", "query_channels", "unwrap"]
+__all__ = ["Found", "find_decoder", "query_channels", "unwrap", "validate_no_replica"]
 
 
 class Found(NamedTuple):
@@ -138,6 +138,16 @@ def bind(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model in a DistributedDataParallel."""
     return model.get_submodule("module") if type(model).__name__ == "DistributedDataParallel" else model
+
+
+def validate_no_replica(module: nn.Module) -> None:
+    """Raise where DataParallel runs copies of a model in threads: their hooks would all write into one place."""
+    if getattr(module, "_is_replica", False):
+        msg = (
+            f"{type(module).__name__} must not run in torch.nn.DataParallel, whose copies of it share their hooks; use "
+            "DistributedDataParallel (torchrun), or show the process one GPU"
+        )
+        raise RuntimeError(msg)
 
 
 def query_channels(model: nn.Module, description: Description | None = None) -> int:

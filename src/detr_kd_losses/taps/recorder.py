@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from detr_kd_losses.taps.find import Found, bind
+from detr_kd_losses.taps.find import Found, bind, validate_no_replica
 from detr_kd_losses.taps.record import Call
 
 __all__ = ["Recorder"]
@@ -82,7 +82,8 @@ class Recorder:
     def _record_watched(self, _: nn.Module, __: Any, output: Any) -> None:
         self.watched = output
 
-    def _record_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    def _record_call(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        validate_no_replica(decoder)
         arguments = bind(self.decoder.forward, args, kwargs)
         # What a layer calls twice may have seen two things.
         once = {module: outputs[0] for module, outputs in self.projections.items() if len(outputs) == 1}

@@ -43,7 +43,7 @@ class DistillationCriterion(nn.Module):
 
     Args:
         criterion: The criterion; it answers a dict of losses.
-        student: The student. One in DistributedDataParallel is unwrapped.
+        student: The student. One in DistributedDataParallel is unwrapped; `nn.DataParallel` is refused when it runs.
         teacher: The teacher. It is frozen, and no part of student or criterion.
         distillation: The losses. None: :func:`distillation_loss` of both models.
         levels: Feature levels of student and of teacher that correspond, where they have different ones.
