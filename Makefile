@@ -57,6 +57,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python examples/benchmarks/term_costs.py
 	$(BIN)/python examples/benchmarks/feature_bandwidth.py
 	PYTHONPATH=examples $(BIN)/python examples/benchmarks/kd_cost_table.py
+	PYTHONPATH=examples $(BIN)/python examples/benchmarks/full_size.py
 	$(BIN)/python examples/benchmarks/offline.py
 
 clean:

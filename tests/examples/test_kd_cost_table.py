@@ -163,3 +163,13 @@ def test_replay_of_the_adapter_is_the_least_beside_its_heads(counted):
     for distilled in counts["groups"].values():
         group = distilled["query_group"]
         assert group["replay by the adapter"] == group["replay, memory kept"] + heads
+
+
+def test_kept_bytes_are_those_of_each_storage_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    full_size = importlib.import_module("full_size")
+    a, b = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    assert full_size.kept_bytes(lambda: a * b) == 2 * 40
+    assert full_size.kept_bytes(lambda: a * b, [a]) == 40
+    assert full_size.kept_bytes(lambda: a[:5] * a[5:]) == 40
+    assert full_size.kept_bytes(lambda: a + b) == 0
