@@ -96,3 +96,15 @@ def gradient_of_term(rows: Iterable[Row], term: str, moment: int) -> TermGradien
         statistics.fmean(each[term] / sum(each.values()) for each in lengths),
         statistics.fmean(each["cosines"][term][moment] for each in found),
     )
+
+
+def cosine_between(rows: Iterable[Row], pair: str, moment: int) -> float | None:
+    """Return the mean cosine of the angle between two terms, of the rows that have noted it."""
+    found = [row["gradients"]["between"][pair][moment] for row in rows if "between" in row["gradients"]]
+    return statistics.fmean(found) if found else None
+
+
+def instability_at(rows: Iterable[Row], progress: float) -> Sample | None:
+    """Return how much of the matching has changed within a twentieth of the training, up to that progress."""
+    noted = [(row["steps"], row["instability"]) for row in rows if row.get("instability")]
+    return sample(min(seen, key=lambda point: abs(point[0] - progress * steps))[1] for steps, seen in noted)

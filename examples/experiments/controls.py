@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from model import Group, grid_anchors
+from model import Group, TinyDETR, grid_anchors
 from shapes import ShapeImages
 from torch import Tensor, nn
 from train import Teacher
@@ -14,21 +14,28 @@ from train import Teacher
 import detr_kd_losses as dkl
 
 
-class OwnGroupTerm(dkl.Term):
-    """An extra group of learnt queries, matched to the targets afresh: more supervision, without a teacher."""
+class FreshGroupTerm(dkl.Term):
+    """An extra group that is matched to the targets afresh: the teacher's queries without what it made of them."""
 
     parts = ("class", "bbox", "giou")
     needs = ("group",)
 
-    def __init__(self, count: int = 48, channels: int = 64, *, weight: float = 1.0) -> None:
-        super().__init__(weight=weight, prefix="loss_own_")
-        self.queries = nn.Parameter(torch.randn(count, channels) / 2)
-        self.anchors = nn.Parameter(grid_anchors(count).logit())
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__(weight=weight, prefix="loss_fresh_")
 
     def compute(self, step: dkl.Step) -> dict[str, Tensor]:
         """Supervise the group as the student's own queries are."""
         logits, boxes = step.student.group
         return dkl.detection_loss(logits, boxes, *step.targets, dkl.match_targets(logits, boxes, *step.targets))
+
+
+class OwnGroupTerm(FreshGroupTerm):
+    """An extra group of learnt queries: more supervision, without a teacher."""
+
+    def __init__(self, count: int = 48, channels: int = 64, *, weight: float = 1.0) -> None:
+        super().__init__(weight=weight)
+        self.queries = nn.Parameter(torch.randn(count, channels) / 2)
+        self.anchors = nn.Parameter(grid_anchors(count).logit())
 
 
 @dataclass
@@ -94,6 +101,14 @@ def send_own_group(teacher: Teacher, terms: Mapping[str, dkl.Term]) -> Teacher:
 def send_random_queries(teacher: Teacher, terms: Mapping[str, dkl.Term]) -> Teacher:  # noqa: ARG001
     """Ask teacher and student random queries."""
     return RandomQueries(teacher.model, teacher.outputs)
+
+
+def begin_with_queries(student: TinyDETR, teacher: Teacher) -> None:
+    """Let the student begin with the teacher's queries, as many as it has itself."""
+    number = len(student.queries)
+    with torch.no_grad():
+        student.queries.copy_(teacher.model.queries[:number])
+        student.anchors.copy_(teacher.model.anchors[:number])
 
 
 def show_other_images(teacher: Teacher, terms: Mapping[str, dkl.Term], fields: tuple[str, ...]) -> Teacher:  # noqa: ARG001

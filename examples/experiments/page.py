@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from experiments.comparison import (
     ALONE,
     Sample,
+    cosine_between,
     gain,
     gain_at_equal_time,
     gradient_of_term,
+    instability_at,
     of_setting,
     sample,
 )
@@ -67,6 +70,26 @@ class Evidence:
                 cosines = ", ".join(f"{each.cosine:.2f}" for each in found)
                 lines.append((run.setting, term.replace("_", " "), shares, cosines))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) if len(lines) > 2 else NO_ROWS
+
+    def between(self, name: str, reference: str = ALONE) -> str:
+        """Whether the terms of a setting pull in one direction."""
+        lines = ["| setting | terms | cosine between them |", "|---|---|---|"]
+        for run in self._runs(name, reference):
+            for one, other in combinations(SETTINGS[run.setting].parts, 2):
+                found = [cosine_between(self._of(run), f"{one}, {other}", moment) for moment in MOMENTS]
+                if None not in found:
+                    terms = f"{one} and {other}".replace("_", " ")
+                    lines.append(f"| {run.setting} | {terms} | {', '.join(f'{cosine:.2f}' for cosine in found)} |")
+        return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+
+    def instability(self, name: str, reference: str = ALONE) -> str:
+        """How much the matching of the student to its labels still changes."""
+        lines = ["| setting | after a tenth | a half | at the end |", "|---|---|---|---|"]
+        for run in self._runs(name, reference):
+            found = [instability_at(self._of(run), progress) for progress in (0.1, 0.5, 1.0)]
+            if None not in found:
+                lines.append(f"| {run.setting} | {' | '.join(percent(each) for each in found)} |")
+        return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
     def directions(self) -> str:
         """Where the parts of the distillation pull a student that is trained alone."""
@@ -172,6 +195,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def spread(numbers: Sample) -> str:
     """Return mean and standard deviation."""
     return f"{numbers.mean:.1f} ± {numbers.deviation:.1f}" if numbers.count > 1 else f"{numbers.mean:.1f}"
+
+
+def percent(numbers: Sample) -> str:
+    """Return mean and standard deviation of shares."""
+    return f"{spread(Sample(100 * numbers.mean, 100 * numbers.deviation, numbers.count))} %"
 
 
 def difference(numbers: Sample) -> str:

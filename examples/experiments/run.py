@@ -22,7 +22,7 @@ from benchmarks.measure import device_name
 from experiments.rows import RESULTS, Row, Run, append_row, read_rows
 from experiments.settings import SETTINGS
 from experiments.tables import TABLES
-from experiments.training import TeacherOf, has_teacher, train_student, train_teacher
+from experiments.training import TeacherOf, teacher_file, train_student, train_teacher
 from experiments.worlds import WORLDS
 
 CACHE = Path(__file__).parent / "cache"
@@ -83,19 +83,28 @@ def do_runs(runs: list[Run], tables: dict[Run, str], *, workers: int, results: P
 
 def with_teachers(runs: list[Run], cache: Path) -> list[Job]:
     """Return the runs, with each teacher that is missing before the first run that needs it."""
-    jobs: dict[Job, None] = {}
+    jobs: list[Job] = []
+    planned: set[Path] = set()
     for run in runs:
-        teacher = teacher_of(run)
-        if teacher is not None and teacher not in jobs and not has_teacher(*teacher, cache):
-            jobs[teacher] = None
-        jobs[run] = None
-    return list(jobs)
+        if not has_what_it_needs(run, cache):
+            teacher = teacher_of(run)
+            file = teacher_file(*teacher, cache)
+            jobs += [] if file in planned else [teacher]
+            planned.add(file)
+        jobs.append(run)
+    return jobs
 
 
 def teacher_of(run: Run) -> TeacherOf | None:
     """Return the teacher that a run needs."""
     setting = SETTINGS[run.setting]
     return TeacherOf(run.world, setting.teacher) if setting.needs_teacher else None
+
+
+def has_what_it_needs(run: Run, cache: Path) -> bool:
+    """Return whether the teacher of a run is trained, if it has one."""
+    teacher = teacher_of(run)
+    return teacher is None or teacher_file(*teacher, cache).exists()
 
 
 def steps_of(job: Job) -> int:
@@ -107,8 +116,7 @@ def finished(pool: ProcessPoolExecutor, jobs: list[Job], workers: int, cache: Pa
     """Yield each job that is done with its row, and keep the workers busy with those whose teacher is there."""
     running: dict[Future[Row], Job] = {}
     while jobs or running:
-        untrained = [job for job in [*jobs, *running.values()] if isinstance(job, TeacherOf)]
-        ready = [job for job in jobs if isinstance(job, TeacherOf) or teacher_of(job) not in untrained]
+        ready = [job for job in jobs if isinstance(job, TeacherOf) or has_what_it_needs(job, cache)]
         for job in ready[: workers - len(running)]:
             train = train_student if isinstance(job, Run) else train_teacher
             running[pool.submit(train, job, cache, end_with_parent)] = job

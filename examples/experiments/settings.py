@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from model import TinyDETR
 from train import Teacher
 
 import detr_kd_losses as dkl
 from experiments.controls import (
+    FreshGroupTerm,
     OwnGroupTerm,
     add_teacher_boxes,
+    begin_with_queries,
     keep_labels,
     replace_by_teacher_boxes,
     send_best_queries,
@@ -46,11 +49,12 @@ class Setting(NamedTuple):
     teacher: str = "teacher"
     change: Callable[[Teacher, Mapping[str, dkl.Term]], Teacher] | None = None
     labels: Callable[..., Any] = keep_labels
+    begin: Callable[[TinyDETR, Teacher], None] | None = None  # what it does to the student before its training
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher has any part in it."""
-        return bool(self.parts) or self.labels is not keep_labels
+        return bool(self.parts) or self.labels is not keep_labels or self.begin is not None
 
 
 def _part(name: str, term: Callable[..., dkl.Term], **options: Any) -> Parts:
@@ -63,6 +67,7 @@ features = partial(_part, "feature", dkl.FeatureTerm, weight=20.0, normalize="ma
 plain_features = partial(_part, "plain", dkl.PlainFeatureTerm, weight=20.0)
 assigned_group = partial(_part, "query_group", dkl.QueryGroupTerm, weight=1.0)
 shared_queries = partial(_part, "shared", dkl.SharedQueryTerm, weight=1.0)
+fresh_group = partial(_part, "fresh_group", FreshGroupTerm, weight=1.0)
 own_group = partial(_part, "own_group", OwnGroupTerm, weight=1.0)
 
 
@@ -154,6 +159,9 @@ SETTINGS = {
     # Controls.
     "own group": Setting(own_group(), change=send_own_group),
     "own group, decayed": Setting(decayed(own_group()), change=send_own_group),
+    "teacher's queries at the beginning": Setting({}, begin=begin_with_queries),
+    "teacher's queries, matched afresh": Setting(fresh_group()),
+    "assigned group": Setting(assigned_group()),
     "teacher's boxes too": Setting({}, labels=add_teacher_boxes),
     "teacher's boxes too; features, decayed": Setting(decayed(features()), labels=add_teacher_boxes),
     "teacher's boxes too; logits + features, decayed": Setting(

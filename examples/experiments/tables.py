@@ -81,6 +81,15 @@ CONTROLS = (
     "features of other images, decayed",
     "logits of other images, decayed",
 )
+GROUPS = (
+    "alone",
+    "teacher's queries at the beginning",
+    "own group",
+    "teacher's queries, matched afresh",
+    "assigned group",
+    "shared queries, decayed",
+)
+STUDENTS = ("alone", "features, decayed", "best queries + features, decayed")
 TABLES = {
     "demo": Table("demo", (600,), FIRST),
     "demo, equal time": Table("demo", (700, 1200), ("alone",)),
@@ -93,6 +102,11 @@ TABLES = {
     "long": Table("shapes", (6000,), PRESETS[:4], seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
+    "demo, groups": Table("demo, 48 queries", (600,), GROUPS),
+    **{
+        f"demo, {student}": Table(f"demo, {student}", (600,), STUDENTS)
+        for student in ("48 queries", "8 queries", "1 decoder layer", "half a backbone")
+    },
     "digits": Table("digits", (2000,), PRESETS),
     "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
     "crowds": Table("crowds", (2000,), PRESETS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +44,24 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
     """Train one student, the same for each setting but for what joins its loss, and return what came out."""
     setting = SETTINGS[run.setting]
     torch.manual_seed(run.seed)
-    model = detector(run.world, STUDENT)
+    model = detector(run.world, WORLDS[run.world].student)
     criterion = dkl.DETRDistillationLoss({name: part.make() for name, part in setting.parts.items()})
     teacher = ready_teacher(run.world, setting.teacher, cache) if setting.needs_teacher else None
     data = setting.labels(training_images(run.world), all_images(run.world), teacher)
     if setting.change is not None:
         teacher = setting.change(teacher, criterion.terms)
-    gradients: dict[str, Any] = {"steps": [], "norms": {}, "cosines": {}}
+    if setting.begin is not None:
+        setting.begin(model, teacher)
+    gradients: dict[str, Any] = {"steps": [], "norms": {}, "cosines": {}, "between": {}}
+    instability: list[list[float]] = []
+    watchers = [matching_watcher(model, training_images(run.world), run.steps, instability)]
+    if setting.parts:
+        watchers.append(gradient_watcher(model, criterion, run.steps, gradients))
+
+    def watch(step: int, losses: Losses) -> None:
+        for watcher in watchers:
+            watcher(step, losses)
+
     history = train(
         model,
         data,
@@ -59,7 +71,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         teacher=teacher,
         distillation=criterion if setting.parts else None,
         set_weights=weight_setter(criterion, setting.parts),
-        watch=gradient_watcher(model, criterion, run.steps, gradients) if setting.parts else None,
+        watch=watch,
         on_step=on_step,
     )
     test_ap, test_ap50 = evaluate(model, held_out_images(run.world, TEST))
@@ -72,6 +84,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         "seconds": rounded(history.seconds),
         "curve": curve(history),
         "gradients": gradients,
+        "instability": instability,
         "fingerprint": fingerprint(run.setting),
         "matched_iou": matched_iou(model, training_images(run.world)),
         "teacher": teacher_facts(run.world, setting.teacher, cache) if teacher else None,
@@ -94,7 +107,7 @@ def gradient_watcher(
 ) -> Callable[[int, Losses], None]:
     """Return a function that notes, now and then, the gradients of the detection loss and of each term.
 
-    Of each their length, and of the terms' the cosine of the angle to that of the detection loss.
+    Of each their length, of the terms' the cosine of the angle to that of the detection loss, and between two of them.
     """
     watched = {max(1, round(steps * progress)) for progress in SHARES_AT}
 
@@ -108,6 +121,32 @@ def gradient_watcher(
             cosine = torch.cosine_similarity(vector, gradients["detection"], dim=0).item()
             seen["norms"].setdefault(name, []).append(rounded(vector.norm().item()))
             seen["cosines"].setdefault(name, []).append(rounded(cosine))
+        for one, other in combinations(terms, 2):
+            cosine = torch.cosine_similarity(gradients[one], gradients[other], dim=0).item()
+            seen["between"].setdefault(f"{one}, {other}", []).append(rounded(cosine))
+
+    return watch
+
+
+def matching_watcher(
+    model: TinyDETR, data: ShapeImages, steps: int, seen: list[list[float]]
+) -> Callable[[int, Losses], None]:
+    """Return a function that notes, 20 times, how much of the last layer's matching has changed since the last time.
+
+    The matching of the student to the labels of some images that it trains on.
+    """
+    some = data.select(torch.arange(min(200, len(data))))
+    every = max(1, steps // 20)
+    before: list[Tensor] = []
+
+    def watch(step: int, losses: Losses) -> None:  # noqa: ARG001
+        if step % every:
+            return
+        output = predict(model, some)
+        after = dkl.match_targets(output.logits[-1:], output.boxes[-1:], *some.targets)
+        if before:
+            seen.append([step, rounded(dkl.assignment_instability(before.pop(), after).item())])
+        before.append(after)
 
     return watch
 
@@ -145,7 +184,7 @@ def fingerprint(name: str) -> dict[str, float]:
     return {name: rounded(value.item()) for name, value in values.items()}
 
 
-def with_random_weights(world: str, kind: dict[str, Any]) -> TinyDETR:
+def with_random_weights(world: str, kind: Mapping[str, Any]) -> TinyDETR:
     """Return a detector in whose outputs everything depends on everything, from the heads on."""
     model = detector(world, kind)
     for parameter in model.parameters():
@@ -177,7 +216,7 @@ def rounded(number: float) -> float:
     return float(f"{number:.5g}")
 
 
-def detector(world: str, model: dict[str, Any]) -> TinyDETR:
+def detector(world: str, model: Mapping[str, Any]) -> TinyDETR:
     """Return an untrained detector for the classes of a world."""
     return TinyDETR(num_classes=DATA_SETS[WORLDS[world].data_set].num_classes, **model)
 
@@ -186,19 +225,9 @@ def detector(world: str, model: dict[str, Any]) -> TinyDETR:
 
 
 def teacher_file(world: str, teacher: str, cache: Path) -> Path:
-    """Return where a teacher is kept."""
-    return cache / f"{world}--{teacher}.pt"
-
-
-def has_teacher(world: str, teacher: str, cache: Path) -> bool:
-    """Return whether a teacher of this recipe is there."""
-    path = teacher_file(world, teacher, cache)
-    return path.exists() and torch.load(path)["recipe"] == recipe_text(world, teacher)
-
-
-def recipe_text(world: str, teacher: str) -> str:
-    """Return what a teacher depends on."""
-    return f"{WORLDS[world].teachers[teacher]} on {WORLDS[world]._replace(teachers={})}"
+    """Return where a teacher is kept: the same file in all worlds that differ in their student alone."""
+    learnt = f"{WORLDS[world].teachers[teacher]} on {WORLDS[world]._replace(teachers={}, student={})}"
+    return cache / f"{teacher}--{hashlib.sha256(learnt.encode()).hexdigest()[:8]}.pt"
 
 
 def train_teacher(which: TeacherOf, cache: Path, on_step: Callable[[], None]) -> Row:
@@ -216,7 +245,7 @@ def train_teacher(which: TeacherOf, cache: Path, on_step: Callable[[], None]) ->
         "seconds": rounded(history.seconds),
         "matched_iou": matched_iou(model, training_images(world)),
     }
-    saved = {"recipe": recipe_text(world, name), "weights": model.state_dict(), "facts": facts}
+    saved = {"weights": model.state_dict(), "facts": facts}
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = teacher_file(world, name, cache).with_suffix(".part")
     torch.save(saved, unfinished)

@@ -47,6 +47,7 @@ class World(NamedTuple):
     data_set: str = "shapes"
     noise: LabelNoise = LabelNoise()
     labelled: int | None = None  # the first so many images have labels; None: all
+    student: Mapping[str, Any] = STUDENT
 
 
 DATA_SETS = {
@@ -60,8 +61,9 @@ TEACHERS = {
     "barely better": Recipe(STUDENT, steps=3000, seed=100),
     "a student": Recipe(STUDENT, steps=2000, seed=100),
 }
+DEMO_TEACHERS = {"teacher": Recipe(TEACHER, steps=1000)}
 WORLDS = {
-    "demo": World(4000, {"teacher": Recipe(TEACHER, steps=1000)}),
+    "demo": World(4000, DEMO_TEACHERS),
     "shapes": World(6000, TEACHERS),
     "shapes, jittered": World(6000, TEACHERS, noise=LabelNoise(shift=0.08, resize=0.1)),
     "shapes, gaps": World(6000, TEACHERS, noise=LabelNoise(missing=0.2)),
@@ -69,6 +71,11 @@ WORLDS = {
     "shapes, few labels": World(6000, TEACHERS, labelled=1500),
     "digits": World(6000, TEACHERS, data_set="digits"),
     "crowds": World(6000, TEACHERS, data_set="crowds"),
+    # The same teacher of other students, as in the paper's Table 1.
+    "demo, 48 queries": World(4000, DEMO_TEACHERS, student={**STUDENT, "num_queries": 48}),
+    "demo, 8 queries": World(4000, DEMO_TEACHERS, student={**STUDENT, "num_queries": 8}),
+    "demo, 1 decoder layer": World(4000, DEMO_TEACHERS, student={**STUDENT, "decoder_layers": 1}),
+    "demo, half a backbone": World(4000, DEMO_TEACHERS, student={**STUDENT, "backbone_width": 4}),
 }
 VALIDATION, TEST = (500, 1), (1000, 2)  # images, seed: the second chooses nothing
 
@@ -82,10 +89,10 @@ def training_images(world: str) -> ShapeImages:
 @cache
 def all_images(world: str) -> ShapeImages:
     """Return all training images, with labels as an annotator left them and none where nobody looked."""
-    images, _, data_set, noise, labelled = WORLDS[world]
-    drawn = DATA_SETS[data_set].draw(images, 0)
-    targets = with_noise(drawn.targets, noise, seed=0)
-    seen = torch.arange(images) < (labelled or images)
+    recipe = WORLDS[world]
+    drawn = DATA_SETS[recipe.data_set].draw(recipe.images, 0)
+    targets = with_noise(drawn.targets, recipe.noise, seed=0)
+    seen = torch.arange(recipe.images) < (recipe.labelled or recipe.images)
     return ShapeImages(drawn.images, dkl.Targets(targets.labels, targets.boxes, targets.mask & seen[:, None]))
 
 

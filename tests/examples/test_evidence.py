@@ -58,6 +58,18 @@ def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
     assert comparison.gradient_of_term(found[:1], "feature", 1) == pytest.approx((0.25, -0.5))
 
 
+def test_older_rows_have_not_noted_cosines_between_terms_or_changes_of_the_matching() -> None:
+    noted = {"gradients": {"between": {"a, b": [0.5, -0.5]}}, "steps": 100, "instability": [[10, 0.4], [50, 0.2]]}
+    other = {"gradients": {"between": {"a, b": [0.1, -0.1]}}, "steps": 200, "instability": [[20, 0.2], [200, 0.1]]}
+    older = {"gradients": {}, "steps": 100}
+    assert comparison.cosine_between([noted, older, other], "a, b", 1) == pytest.approx(-0.3)
+    assert comparison.cosine_between([older], "a, b", 1) is None
+    found = comparison.instability_at([noted, older, other], 0.1)
+    assert (found.mean, found.count) == (pytest.approx(0.3), 2)
+    assert comparison.instability_at([noted, other], 1.0).mean == pytest.approx(0.15)
+    assert comparison.instability_at([older], 0.1) is None
+
+
 # --------------------------------------------------------------------------------------------------------------- page
 
 

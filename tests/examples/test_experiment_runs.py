@@ -11,7 +11,7 @@ import pytest
 
 from experiments import rows, run, tables, training, worlds
 
-from support.small_world import RUN
+from support.small_world import RUN, SMALL
 
 
 def test_rows_are_read_back_and_a_line_cut_off_is_not_there(tmp_path: Path) -> None:
@@ -69,13 +69,15 @@ def test_a_missing_teacher_is_trained_before_the_first_run_that_needs_it(small_w
 
 def test_no_run_begins_before_its_teacher_is_trained(tmp_path: Path) -> None:
     class Pool:
-        """Notes the jobs, and finishes each at once."""
+        """Notes the jobs, and finishes each at once: a teacher is there then."""
 
         def __init__(self) -> None:
             self.jobs: list[object] = []
 
         def submit(self, function: object, job: object, *others: object) -> Future:
             self.jobs.append(job)
+            if isinstance(job, training.TeacherOf):
+                training.teacher_file(*job, tmp_path).touch()
             future: Future = Future()
             future.set_result({})
             return future
@@ -90,7 +92,21 @@ def test_no_run_begins_before_its_teacher_is_trained(tmp_path: Path) -> None:
 def test_the_teacher_is_trained_again_when_its_recipe_changes(
     small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert training.has_teacher("demo", "teacher", small_world)
+    taught = RUN._replace(setting="features")
+    assert run.has_what_it_needs(taught, small_world)
     recipe = worlds.Recipe(training.STUDENT, steps=2)
     monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(teachers={"teacher": recipe}))
-    assert not training.has_teacher("demo", "teacher", small_world)
+    assert not run.has_what_it_needs(taught, small_world)
+
+
+def test_students_of_another_kind_have_the_same_teacher(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose training is not repeated, neither before nor within a queue."""
+    other = worlds.WORLDS["demo"]._replace(student={**SMALL, "num_queries": 4})
+    monkeypatch.setitem(worlds.WORLDS, "demo, 8 queries", other)
+    taught = [rows.Run(world, "features", 3, 0) for world in ("demo", "demo, 8 queries")]
+    assert run.with_teachers(taught, small_world) == taught
+    elsewhere = small_world / "empty"
+    assert run.with_teachers(taught, elsewhere) == [training.TeacherOf("demo", "teacher"), *taught]
+    row = training.train_student(taught[1], small_world, lambda: None)
+    assert row["world"] == "demo, 8 queries"
+    assert training.detector("demo, 8 queries", other.student).queries.shape[0] == 4

@@ -52,12 +52,12 @@ def test_no_noise_leaves_labels_alone_and_noise_is_the_same_each_time() -> None:
 def test_unlabelled_images_are_not_trained_on_unless_the_teacher_labels_them(
     small_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    teacher = training.ready_teacher("demo", "teacher", small_world)
     monkeypatch.setitem(worlds.WORLDS, "demo", worlds.WORLDS["demo"]._replace(labelled=5))
     worlds.all_images.cache_clear()
     assert len(worlds.training_images("demo")) == 5
     everything = worlds.all_images("demo")
     assert everything.targets.mask.any(1).tolist() == [True] * 5 + [False] * 15
-    teacher = training.ready_teacher("demo", "teacher", small_world)
     teacher.outputs.logits[-1, 19, 3, 2] = 9.0  # sure of one object in the last image
     labelled = SETTINGS["teacher's boxes too"].labels(worlds.training_images("demo"), everything, teacher)
     assert labelled.targets.labels[19][labelled.targets.mask[19]].tolist() == [2]
@@ -106,6 +106,25 @@ def test_three_steps_of_every_setting(setting: str, small_world: Path) -> None:
         == set(row["gradients"]["cosines"])
         == ({"detection"} | terms if terms else set())
     )
+
+
+def test_cosines_between_terms_and_changes_of_the_matching(small_world: Path) -> None:
+    row = training.train_student(RUN._replace(setting="paper", steps=40), small_world, on_step=lambda: None)
+    pairs = row["gradients"]["between"]
+    assert set(pairs) == {"logits, feature", "logits, query_group", "feature, query_group"}
+    assert all(len(values) == len(row["gradients"]["steps"]) for values in pairs.values())
+    assert all(-1 <= value <= 1 for values in pairs.values() for value in values)
+    assert [step for step, _ in row["instability"]] == list(range(4, 41, 2))
+    assert all(0 <= share <= 1 for _, share in row["instability"])
+    assert any(share > 0 for _, share in row["instability"])
+
+
+def test_a_student_begins_with_the_queries_of_its_teacher(small_world: Path) -> None:
+    teacher = training.ready_teacher("demo", "teacher", small_world)
+    student = training.detector("demo", SMALL)
+    SETTINGS["teacher's queries at the beginning"].begin(student, teacher)
+    assert torch.equal(student.queries, teacher.model.queries[: SMALL["num_queries"]])
+    assert torch.equal(student.anchors, teacher.model.anchors[: SMALL["num_queries"]])
 
 
 def test_every_setting_of_a_table_is_known() -> None:

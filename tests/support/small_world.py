@@ -16,7 +16,7 @@ def make_small_world(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Put 20 images in the place of the world of the demo, train its teachers, and keep them in a folder."""
     kinds = {"teacher": SMALL | {"num_queries": 10}, "barely better": SMALL, "a student": SMALL}
     teachers = {name: worlds.Recipe(kind, steps=1) for name, kind in kinds.items()}
-    patch.setitem(worlds.WORLDS, "demo", worlds.World(20, teachers))
+    patch.setitem(worlds.WORLDS, "demo", worlds.World(20, teachers, student=SMALL))
     for name, value in {"VALIDATION": (10, 1), "TEST": (10, 2), "STUDENT": SMALL}.items():
         patch.setattr(training, name, value)
     forget()
