@@ -192,3 +192,21 @@ def test_features_of_nearly_no_length_have_finite_gradients(size, dtype, distanc
     loss.backward()
     assert loss.isfinite()
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("size", [1e-15, 1e-20, 1e-21, 1e-22, 1e-30])
+def test_a_teacher_whose_maps_are_next_to_nothing(size, variant, dtype):
+    """As that of an untrained model in evaluation mode: squares of its features are not of full precision any more."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 6, 5, 5, generator=generator, dtype=dtype) for _ in range(2))
+    queries, quality = torch.randn(2, 4, 6, generator=generator, dtype=dtype), torch.rand(2, 4, generator=generator)
+    student.requires_grad_()
+    loss = dkl.target_aware_feature_loss(
+        student, teacher * size, queries, quality.to(dtype), variant=variant, relative=True
+    )
+    loss.backward()
+    assert 0 <= loss <= 200
+    assert student.grad.isfinite().all()
+    assert student.grad.abs().max() < 100

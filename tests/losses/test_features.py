@@ -274,7 +274,12 @@ def test_memory_is_measured():
 @pytest.mark.parametrize(
     ("argument", "change", "error", "match"),
     [
-        ("student_features", lambda x: [1.0, x[1]], TypeError, "`student_features` must be a torch.Tensor, got float"),
+        (
+            "student_features",
+            lambda x: [1.0, x[1]],
+            TypeError,
+            r"`student_features\[0\]` must be a tensor, got 1.0 of type float",
+        ),
         ("student_features", lambda x: [x[0].long(), x[1]], TypeError, "`student_features` must have a floating-point"),
         ("student_features", lambda x: [x[0][0], x[1]], ValueError, r"`student_features` must have shape \(B, D, H, W"),
         ("student_features", lambda x: x[::-1], ValueError, "`student_features` and `teacher_features` must have the"),

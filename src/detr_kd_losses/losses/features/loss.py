@@ -130,8 +130,10 @@ def target_aware_feature_loss(
 def _relative(error: Tensor, seen: Comparison, weight: Tensor, valid: Tensor | None) -> Tensor:
     """log2(1 + error / that of a student whose features are 0) of each image (B,), from errors (B, H*W)."""
     square = seen.square if valid is None else seen.square.where(valid, 0.0)
-    nothing = (weight * square).sum(-1)
-    return (error.sum(-1) / nothing.where(nothing > 0, torch.inf)).log1p() / math.log(2)
+    error, nothing = error.sum(-1), (weight * square).sum(-1)
+    # An untrained teacher in evaluation mode has maps of next to nothing: the quotient must not overflow.
+    least = error.detach() * torch.finfo(error.dtype).tiny
+    return (error / nothing.maximum(least).where(nothing > 0, torch.inf)).log1p() / math.log(2)
 
 
 @torch.no_grad()
