@@ -169,7 +169,7 @@ class Evidence:
     def _cells(self, run: Run, reference: str) -> list[str]:
         """A setting as the cells of a line."""
         found = None if run.setting == reference else gain(self._rows, run, reference)
-        time = self._relative_time.get(run.setting)
+        time = self._time_of(run)
         equal = None if time is None or run.setting == ALONE else gain_at_equal_time(self._rows, run, time)
         return [
             run.setting,
@@ -179,6 +179,13 @@ class Evidence:
             "" if time is None else f"{time:.2f}",
             "" if equal is None else difference(equal),
         ]
+
+    def _time_of(self, run: Run) -> float | None:
+        """Time of a step beside that of the student alone: measured in turns, or else by the rows themselves."""
+        if not WORLDS[run.world].family:
+            return self._relative_time.get(run.setting)
+        alone = self._of(run._replace(setting=ALONE))
+        return self._sample(run, "seconds").mean / sample(row["seconds"] for row in alone).mean if alone else None
 
     def _points(self, setting: str) -> list[tuple[float, float, float]]:
         """Length, test AP and two standard errors of a setting in the world of exact labels."""

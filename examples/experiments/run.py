@@ -10,11 +10,12 @@ import argparse
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,11 +119,19 @@ def finished(pool: ProcessPoolExecutor, jobs: list[Job], workers: int, cache: Pa
     while jobs or running:
         ready = [job for job in jobs if isinstance(job, TeacherOf) or has_what_it_needs(job, cache)]
         for job in ready[: workers - len(running)]:
-            train = train_student if isinstance(job, Run) else train_teacher
-            running[pool.submit(train, job, cache, end_with_parent)] = job
+            running[pool.submit(trainer_of(job), job, cache, end_with_parent)] = job
             jobs = [other for other in jobs if other != job]
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             yield running.pop(future), future.result()
+
+
+def trainer_of(job: Job) -> Callable[[Any, Path, Callable[[], None]], Row]:
+    """Return what trains a job's model."""
+    if not WORLDS[job.world].family:
+        return train_student if isinstance(job, Run) else train_teacher
+    from experiments import modern  # noqa: PLC0415 - transformers takes seconds to import
+
+    return modern.train_student if isinstance(job, Run) else modern.train_teacher
 
 
 def start_worker(parent: int) -> None:

@@ -67,6 +67,7 @@ features = partial(_part, "feature", dkl.FeatureTerm, weight=20.0, normalize="ma
 plain_features = partial(_part, "plain", dkl.PlainFeatureTerm, weight=20.0)
 assigned_group = partial(_part, "query_group", dkl.QueryGroupTerm, weight=1.0)
 shared_queries = partial(_part, "shared", dkl.SharedQueryTerm, weight=1.0)
+distributions = partial(_part, "distributions", dkl.BoxDistributionTerm, weight=1.0)
 fresh_group = partial(_part, "fresh_group", FreshGroupTerm, weight=1.0)
 own_group = partial(_part, "own_group", OwnGroupTerm, weight=1.0)
 
@@ -140,6 +141,9 @@ SETTINGS = {
     "paper": Setting(logits() | features(weight=10.0) | assigned_group()),
     "paper, decayed": Setting(decayed(logits() | features(weight=10.0) | assigned_group())),
     "official": Setting(logits(matching="joint") | features(variant="official", relative=False) | assigned_group()),
+    # Of students whose head predicts distributions.
+    "box distributions, decayed": Setting(decayed(distributions())),
+    "features + box distributions, decayed": Setting(decayed(features() | distributions())),
     # Parts of the logits loss, of constant weight beside decayed features.
     "features, decayed; logits": Setting(decayed(features()) | logits()),
     "features, decayed; logits of positives": Setting(decayed(features()) | positives()),

@@ -89,6 +89,14 @@ GROUPS = (
     "assigned group",
     "shared queries, decayed",
 )
+MODERN = (
+    "alone",
+    "features, decayed",
+    "logits, decayed",
+    "best queries + features, decayed",
+    "box distributions, decayed",
+    "features + box distributions, decayed",
+)
 STUDENTS = ("alone", "features, decayed", "best queries + features, decayed")
 TABLES = {
     "demo": Table("demo", (600,), FIRST),
@@ -107,6 +115,9 @@ TABLES = {
         f"demo, {student}": Table(f"demo, {student}", (600,), STUDENTS)
         for student in ("48 queries", "8 queries", "1 decoder layer", "half a backbone")
     },
+    "RT-DETR": Table("RT-DETR", (1000,), MODERN[:4], seeds=3),
+    "D-FINE": Table("D-FINE", (1000,), MODERN, seeds=3),
+    "RT-DETR, 3x": Table("RT-DETR", (3000,), MODERN[:4], seeds=3),
     "digits": Table("digits", (2000,), PRESETS),
     "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
     "crowds": Table("crowds", (2000,), PRESETS),

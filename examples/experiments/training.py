@@ -245,12 +245,17 @@ def train_teacher(which: TeacherOf, cache: Path, on_step: Callable[[], None]) ->
         "seconds": rounded(history.seconds),
         "matched_iou": matched_iou(model, training_images(world)),
     }
-    saved = {"weights": model.state_dict(), "facts": facts}
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = teacher_file(world, name, cache).with_suffix(".part")
-    torch.save(saved, unfinished)
-    unfinished.replace(teacher_file(world, name, cache))
+    keep_teacher(which, cache, model, facts)
     return {**which._asdict(), **facts}
+
+
+def keep_teacher(which: TeacherOf, cache: Path, model: torch.nn.Module, facts: Row) -> None:
+    """Save a teacher, so that its file is there when it is whole."""
+    cache.mkdir(parents=True, exist_ok=True)
+    path = teacher_file(*which, cache)
+    unfinished = path.with_suffix(".part")
+    torch.save({"weights": model.state_dict(), "facts": facts}, unfinished)
+    unfinished.replace(path)
 
 
 @lru_cache(maxsize=2)

@@ -48,6 +48,7 @@ class World(NamedTuple):
     noise: LabelNoise = LabelNoise()
     labelled: int | None = None  # the first so many images have labels; None: all
     student: Mapping[str, Any] = STUDENT
+    family: str = ""  # of transformers' models; none: the small detector
 
 
 DATA_SETS = {
@@ -62,6 +63,8 @@ TEACHERS = {
     "a student": Recipe(STUDENT, steps=2000, seed=100),
 }
 DEMO_TEACHERS = {"teacher": Recipe(TEACHER, steps=1000)}
+MODERN_TEACHERS = {"teacher": Recipe({"width": 64, "layers": 3, "queries": 48, "backbone": [32, 64, 128]}, steps=3000)}
+MODERN_STUDENT = {"width": 64, "layers": 2, "queries": 16, "backbone": [16, 32, 64]}
 WORLDS = {
     "demo": World(4000, DEMO_TEACHERS),
     "shapes": World(6000, TEACHERS),
@@ -71,6 +74,8 @@ WORLDS = {
     "shapes, few labels": World(6000, TEACHERS, labelled=1500),
     "digits": World(6000, TEACHERS, data_set="digits"),
     "crowds": World(6000, TEACHERS, data_set="crowds"),
+    # Models that train with denoising queries.
+    **{family: World(4000, MODERN_TEACHERS, student=MODERN_STUDENT, family=family) for family in ("RT-DETR", "D-FINE")},
     # The same teacher of other students, as in the paper's Table 1.
     "demo, 48 queries": World(4000, DEMO_TEACHERS, student={**STUDENT, "num_queries": 48}),
     "demo, 8 queries": World(4000, DEMO_TEACHERS, student={**STUDENT, "num_queries": 8}),
