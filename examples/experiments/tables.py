@@ -44,14 +44,8 @@ CANDIDATES = (  # compared on validation images, to choose a preset
     "best queries x2 + features, decayed",
     "best queries + logits / 4 + features, decayed",
 )
-PRESETS = (
-    "alone",
-    "features, decayed",
-    "best queries + features, decayed",
-    "logits + features",
-    "paper",
-    "official",
-)
+LONG = ("alone", "features, decayed", "best queries + features x3, decayed", "logits + features")
+PRESETS = (*LONG, "best queries + features, decayed", "paper", "official")
 PROBES = (
     "features, decayed; logits",
     "features, decayed; classes",
@@ -106,8 +100,8 @@ TABLES = {
     "presets": Table("shapes", (2000,), PRESETS),
     "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
     "preset": Table("shapes", (2000,), CANDIDATES, seeds=2),
-    "curves": Table("shapes", (1000, 4000, 8000), PRESETS[:4], seeds=3),
-    "long": Table("shapes", (6000,), PRESETS[:4], seeds=3),
+    "curves": Table("shapes", (1000, 4000, 8000), LONG, seeds=3),
+    "long": Table("shapes", (6000,), LONG, seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
     "demo, groups": Table("demo, 48 queries", (600,), GROUPS),

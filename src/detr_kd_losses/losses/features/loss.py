@@ -67,7 +67,7 @@ def target_aware_feature_loss(
     over stages `l` and the valid cells `p` of an image, a mean over images and levels: 1 for a student whose features
     are 0, and the same for any scale of the features and any number of stages and levels. The logarithm keeps a student
     whose features are far larger than the teacher's from drowning all else. Their squares must be numbers of float32:
-    features of a size beyond 1e18 give infinity or NaN, below 1e-18 a loss of 0.
+    features of a size beyond 1e18 give infinity or NaN, below 1e-18 one that is not exact, or 0.
 
     Args:
         student_features: (B, D, H, W), or a sequence of levels. For other channels or sizes than the teacher's see
