@@ -58,6 +58,36 @@ def test_every_page_is_in_the_contents():
     assert not [page for page in pages if page.with_suffix("") not in known]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<script async src="https://cdn.example/mathjax.js"></script>',
+        '<link rel="stylesheet" href="//fonts.example/css"/>',
+        '<img alt="x" src="http://example.org/x.png">',
+        "@font-face { src: url('https://fonts.example/x.woff2') }",
+        '@import "https://fonts.example/x.css"',
+    ],
+)
+def test_the_build_sees_what_a_page_loads(text):
+    assert len(offline_check().loads(text)) == 1
+
+
+def test_the_build_lets_links_be():
+    text = (
+        '<a href="https://arxiv.org"><img src="../x.png"></a> <math xmlns="http://www.w3.org/1998/Math/MathML"></math>'
+    )
+    assert offline_check().loads(text) == []
+
+
+def offline_check():
+    """The extension of the site that fails a build whose pages load something from the network."""
+    spec = importlib.util.spec_from_file_location("offline", ROOT / "docs/offline.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert '"offline"' in (ROOT / "docs/conf.py").read_text()
+    return module
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_keeps_no_output(notebook):
     for cell in cells(notebook, "code"):
