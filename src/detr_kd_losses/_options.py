@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,23 @@ def validate_options(rules: Rules, **options: Any) -> None:
         rules[name](name, value)
 
 
-class OptionModule(nn.Module):
+if TYPE_CHECKING:
+    P = ParamSpec("P")
+    R_co = TypeVar("R_co", covariant=True)
+
+    class _HasForward(Protocol[P, R_co]):
+        def forward(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class TypedCall:
+    """Put before ``nn.Module``: a call has the types of `forward`. PyTorch's takes anything and returns Any."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self: _HasForward[P, R_co], *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class OptionModule(TypedCall, nn.Module):
     """A Module whose options are attributes, to be read and set at any time: in force at once, or an error at once.
 
     Attributes:

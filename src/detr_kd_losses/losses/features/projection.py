@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_kd_losses._options import TypedCall
 from detr_kd_losses._precision import full_precision
 from detr_kd_losses._validation import validate_count, validate_type
 
@@ -30,7 +31,7 @@ def as_levels(name: str, levels: Levels) -> list[Tensor]:
     return each
 
 
-class FeatureProjection(nn.ModuleList):
+class FeatureProjection(TypedCall, nn.ModuleList):
     """Maps the levels of a student to channels and size of the teacher's.
 
     Levels with other channels than the teacher's go through a learned 1 × 1 convolution, levels of another size
