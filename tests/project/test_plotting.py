@@ -71,7 +71,7 @@ class TestMatching:
         plotting.plot_matching(
             IMAGE, self.student, self.teacher, self.assignment, stage=0, max_links=2, class_names=names, ax=ax
         )
-        texts = [text.get_text() for text in ax.texts]
+        texts = [text.get_text() for text in ax.texts if "query" in text.get_text()]
         assert len(texts) == 4
         for line in named(ax, "link"):
             n, m = (int(word) for word in line.get_label().removeprefix("link ").split(" - "))
@@ -79,14 +79,50 @@ class TestMatching:
                 score, label = side.logits[0, 0, query].sigmoid().max(-1)
                 assert any(f"query {query}: {names[label]}, {score:.2f}" in text for text in texts)
 
-    def test_labels_do_not_overlap_at_300_queries(self, ax):
+    def test_a_pair_is_on_one_line_of_both_margins_at_300_queries(self, ax):
         student, teacher = predictions(300), predictions(300, seed=1)
         plotting.plot_matching(IMAGE, student, teacher, dkl.match_teacher(*student, *teacher), max_links=17, ax=ax)
-        for edge in (True, False):
-            heights = sorted(text.get_position()[1] for text in ax.texts if (text.get_position()[0] < 0) == edge)
-            assert len(heights) == 17
-            assert min(b - a for a, b in itertools.pairwise(heights)) > 0.99 * images._LABEL_STEP
-            assert max(heights) < 1
+        left, right = (
+            {
+                text.get_text().split()[1].strip(":"): text.get_position()[1]
+                for text in listed
+                if "query" in text.get_text()
+            }
+            for listed in ([t for t in ax.texts if (t.get_position()[0] < 0) == edge] for edge in (True, False))
+        )
+        heights = sorted(left.values())
+        assert len(heights) == 17
+        assert min(b - a for a, b in itertools.pairwise(heights)) > 0.99 * images._LABEL_STEP
+        assert 0 < heights[0] < heights[-1] < 1
+        for line in named(ax, "link"):
+            n, m = line.get_label().removeprefix("link ").split(" - ")
+            assert left[n] == right[m]
+
+    def test_both_boxes_of_a_pair_have_its_number(self, ax):
+        plotting.plot_matching(IMAGE, self.student, self.teacher, self.assignment, max_links=3, ax=ax)
+        badges = [(text.get_text(), *text.get_position()) for text in ax.texts if text.get_text().isdigit()]
+        assert sorted(number for number, *_ in badges) == sorted([*"123"] * 4)  # in two margins, on two boxes
+        right = 1 + images._GAP
+        for line, number in zip(named(ax, "link"), "123", strict=True):
+            n, m = (int(word) for word in line.get_label().removeprefix("link ").split(" - "))
+            for side, query, left in ((self.student, n, 0.0), (self.teacher, m, right)):
+                here = [(x - left, y) for known, x, y in badges if known == number and left <= x <= left + 1]
+                corners = dkl.box_cxcywh_to_xyxy(side.boxes[-1, 0, query]).clamp(images._BADGE, 1 - images._BADGE)
+                (x, y), (x1, y1, x2, y2) = here[0], corners.tolist()
+                assert len(here) == 1
+                assert min(abs(x - x1), abs(x - x2)) + min(abs(y - y1), abs(y - y2)) < 1e-6
+
+    def test_numbers_of_equal_boxes_do_not_hide_each_other(self, ax):
+        boxes = torch.full((1, 1, 4, 4), 0.5)
+        same = dkl.Predictions(torch.randn(1, 1, 4, 3), boxes)
+        plotting.plot_matching(IMAGE, same, same, torch.arange(4).expand(1, 1, 4), ax=ax)
+        places = {text.get_position() for text in ax.texts if text.get_text().isdigit()}
+        assert len(places) == 16
+
+    def test_a_box_ends_with_the_image(self, ax):
+        wide = dkl.Predictions(torch.randn(1, 1, 1, 3), torch.tensor([[[[0.1, 0.9, 0.6, 0.6]]]]))
+        plotting.plot_matching(IMAGE, wide, wide, torch.zeros(1, 1, 1, dtype=torch.int64), ax=ax)
+        assert ax.patches[0].get_bbox().extents == pytest.approx((0.0, 0.6, 0.4, 1.0))
 
     def test_positives_alone(self, ax):
         positive = torch.zeros(2, 2, 9, dtype=torch.bool)

@@ -16,6 +16,7 @@ from detr_kd_losses._validation import (
     validate_floating,
     validate_predictions,
 )
+from detr_kd_losses.boxes import box_cxcywh_to_xyxy
 from detr_kd_losses.heads import Activation, log_scores, num_classes_of
 from detr_kd_losses.outputs import DetectorOutput, Predictions
 from detr_kd_losses.pairs import validate_assignment, validate_teacher_positive
@@ -27,7 +28,7 @@ __all__ = ["plot_mask", "plot_matching"]
 _OUTLINE = (patheffects.withStroke(linewidth=3, foreground="white"),)
 # Two views of the image beside each other, and a margin for the labels on each side: in widths of the image.
 _GAP, _MARGIN = 0.25, 0.62
-_LABEL_STEP = 0.055
+_LABEL_STEP, _BADGE = 0.055, 0.025
 
 
 def plot_matching(
@@ -47,8 +48,8 @@ def plot_matching(
 ) -> Axes:
     """Draw which teacher query teaches which student query: the image twice, the student's boxes left, a link each.
 
-    The links of the surest teacher queries are drawn and numbered; both margins say query, class and score. Of all
-    other pairs there are dots at the centres of their boxes.
+    The links of the surest teacher queries are drawn, with a number on both boxes; the margins say query, class and
+    score of each number, pairs on one line. Of all other pairs there are dots at the centres of their boxes.
 
     Args:
         image: (3, H, W), floating in [0, 1] or uint8.
@@ -106,16 +107,16 @@ def plot_matching(
         ax.plot(left + side.boxes[some, 0], side.boxes[some, 1], ".", ms=3, color=GREY, label="pairs")
     links = list(zip(linked.tolist(), matched[linked].tolist(), strict=True))
     for number, (n, m) in enumerate(links):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = _colour_of(number)
         (x, y), (other_x, other_y) = pairs[0].boxes[n, :2].tolist(), pairs[1].boxes[m, :2].tolist()
         ends = [x, shift + other_x], [y, other_y]
         dashes = DASHES[number // len(COLOURS) % len(DASHES)]
         label = f"link {n} - {m}"
-        ax.plot(*ends, color=colour, ls=dashes, lw=1.6, marker="o", ms=4, path_effects=_OUTLINE, label=label)
-        for left, box in ((0.0, pairs[0].boxes[n]), (shift, pairs[1].boxes[m])):
-            _box(ax, box, colour, left=left)
-    for side, edge, which in ((pairs[0], 0.0, 0), (pairs[1], shift + 1, 1)):
-        _list_queries(ax, side, [link[which] for link in links], edge, class_names, to_the_left=which == 0)
+        ax.plot(*ends, color=colour, ls=dashes, lw=1.2, marker="o", ms=3, path_effects=_OUTLINE, label=label)
+    for side, left, which in ((pairs[0], 0.0, 0), (pairs[1], shift, 1)):
+        ends_here = [link[which] for link in links]
+        _number_boxes(ax, side.boxes[ends_here], left)
+        _list_queries(ax, side, ends_here, left, class_names, to_the_left=which == 0)
     ax.set(xlim=(-_MARGIN, shift + 1 + _MARGIN), ylim=(1, 0))
     ax.set_title("student   …   learns from   …   teacher", fontsize=11, color=INK)
     return ax
@@ -163,27 +164,42 @@ def _validate_place(name: str, value: int, places: range) -> None:
         raise ValueError(msg)
 
 
+def _colour_of(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _number_boxes(ax: Axes, boxes: Tensor, left: float) -> None:
+    """Outline the boxes (K, 4), and number each at the corner that is furthest from the numbers so far."""
+    taken = torch.empty(0, 2)
+    for number, box in enumerate(boxes):
+        _box(ax, box, _colour_of(number), left=left)
+        signs = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+        corners = (box[:2] + signs * box[2:] / 2).clamp(_BADGE, 1 - _BADGE)
+        distances = torch.cdist(corners, torch.cat([taken, torch.full((1, 2), 9.0)])).amin(-1)
+        corner = corners[distances.clamp(max=3 * _BADGE).argmax()]
+        taken = torch.cat([taken, corner[None]])
+        _badge(ax, left + corner[0].item(), corner[1].item(), number)
+
+
+def _badge(ax: Axes, x: float, y: float, number: int) -> None:
+    """The number of a link, in its colour."""
+    style = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": _colour_of(number), "lw": 1.4}
+    ax.text(x, y, f"{number + 1}", ha="center", va="center", fontsize=6.5, color=INK, weight="bold", bbox=style)
+
+
 def _list_queries(
-    ax: Axes, side: _Side, queries: list[int], edge: float, names: Sequence[str] | None, *, to_the_left: bool
+    ax: Axes, side: _Side, queries: list[int], left: float, names: Sequence[str] | None, *, to_the_left: bool
 ) -> None:
-    """Number, query, class and score of each link in the margin, from top to bottom as their boxes are."""
-    sign = -1 if to_the_left else 1
-    order = sorted(range(len(queries)), key=lambda number: float(side.boxes[queries[number], 1]))
-    lowest = 0.0
-    for rank, number in enumerate(order):
-        query = queries[number]
-        x, y = side.boxes[query, :2].tolist()
-        # As near to its box as the labels above and below allow.
-        lowest = max(lowest, min(y, 1 - _LABEL_STEP * (len(order) - rank - 0.5)))
-        colour = COLOURS[number % len(COLOURS)]
+    """Number, query, class and score of each link in the margin, from top to bottom."""
+    align, edge, sign = ("right", left, -1) if to_the_left else ("left", left + 1, 1)
+    step = min(_LABEL_STEP, 1 / max(1, len(queries)))
+    for number, query in enumerate(queries):
+        y = (number + 0.5) * step
         label = int(side.classes[query])
         name = f"class {label}" if names is None else names[label]
-        text = f"{number + 1}  query {query}: {name}, {side.scores[query]:.2f}"
-        anchor = edge + sign * 0.03
-        ax.plot([x + (0 if to_the_left else edge - 1), anchor], [y, lowest], color=colour, lw=0.6, label="leader")
-        align = "right" if to_the_left else "left"
-        ax.text(anchor + sign * 0.01, lowest, text, ha=align, va="center", fontsize=7.5, color=INK)
-        lowest += _LABEL_STEP
+        _badge(ax, edge + sign * 0.05, y, number)
+        text = f"query {query}: {name}, {side.scores[query]:.2f}"
+        ax.text(edge + sign * 0.09, y, text, ha=align, va="center", fontsize=7.5, color=INK)
 
 
 def plot_mask(
@@ -243,7 +259,6 @@ def _show(ax: Axes, image: Tensor, left: float) -> None:
 
 
 def _box(ax: Axes, box: Tensor, colour: str, *, left: float = 0.0) -> None:
-    """Outline a cxcywh box."""
-    x, y, width, height = box.tolist()
-    corner = (left + x - width / 2, y - height / 2)
-    ax.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=1.4, path_effects=_OUTLINE))
+    """Outline what of a cxcywh box is in the image."""
+    x, y, right, bottom = box_cxcywh_to_xyxy(box).clamp(0, 1).tolist()
+    ax.add_patch(Rectangle((left + x, y), right - x, bottom - y, fill=False, ec=colour, lw=1.4, path_effects=_OUTLINE))
