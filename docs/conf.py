@@ -21,6 +21,7 @@ version = release = detr_kd_losses.__version__
 
 sys.path.append(str(Path(__file__).parent))  # for the extension `offline`
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "myst_nb",
     "offline",
     "sphinx.ext.autodoc",
@@ -55,6 +56,10 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_merge_streams = True
+
+plot_formats = [("png", 110)]
+plot_html_show_formats = plot_html_show_source_link = False
+plot_include_source = True
 
 autosummary_generate = True
 autodoc_typehints = "none"  # signatures and Args say it

@@ -28,7 +28,7 @@ __all__ = ["plot_mask", "plot_matching"]
 _OUTLINE = (patheffects.withStroke(linewidth=3, foreground="white"),)
 # Two views of the image beside each other, and a margin for the labels on each side: in widths of the image.
 _GAP, _MARGIN = 0.25, 0.62
-_LABEL_STEP, _BADGE = 0.055, 0.025
+_LABEL_STEP, _BADGE = 0.12, 0.025
 
 
 def plot_matching(
@@ -96,7 +96,7 @@ def plot_matching(
         validate_teacher_positive(teacher_positive, teacher.logits)
         positive = _one(teacher_positive, index, stage, 1)
         matched = matched.where((matched >= 0) & positive[matched.clamp(min=0)], -1)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, figsize=(11, 4.2))
     shift = 1 + _GAP
     for left in (0.0, shift):
         _show(ax, image, left)
