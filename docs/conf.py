@@ -36,6 +36,7 @@ include_patterns = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "examples/README.md",
     "examples/**/README.md",
     "examples/notebooks/*",
 ]

@@ -51,7 +51,7 @@ def test_every_page_is_in_the_contents():
     known = {(ROOT / "docs" / entry).resolve() for entry in listed}
     pages = [
         *(page for page in ROOT.glob("docs/**/*.md") if page.name != "index.md"),
-        *ROOT.glob("examples/*/README.md"),
+        *ROOT.glob("examples/**/README.md"),
         *NOTEBOOKS,
         *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
     ]
