@@ -1,153 +1,42 @@
-"""Read and distil a model of a repository as it is, and print one line about it, for docs/how-to/trainers.md.
+"""Read and distil a model of a repository as it is, and print what docs/how-to/trainers.md says of it.
 
     python tests/trainers/repositories.py d_fine /path/to/D-FINE
     python tests/trainers/repositories.py deformable /path/to/Deformable-DETR --with_box_refine --two_stage
+    tests/trainers.sh python tests/trainers/repositories.py rf_detr
 
 With PYTHONPATH=src:tests, and what the repository imports: torchvision (on a CPU, it is made to import), and for some
-timm, pycocotools, faster-coco-eval, tensorboard, yapf. No line of a repository is changed; what is missing on a CPU is
-replaced around it: their kernel of deformable attention by their own version in Python, `.cuda()` by nothing.
+timm, pycocotools, faster-coco-eval, tensorboard, yapf. Lines say how it is read, what it learns from a teacher that has
+learned the batch, and how strongly the terms pull beside the trainer's own loss: their value, and their gradient over
+that of the loss.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import importlib
-import inspect
+import io
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import detr_kd_losses as dkl
-from detr_kd_losses.taps import DistillationCriterion, Tap, random_queries
+from detr_kd_losses.taps import DistillationCriterion, Tap, distillation_loss, random_queries
+from detr_kd_losses.training.diagnostics import loss_magnitudes
 
-from support.real_trainers import images, targets
+from support.package_models import PACKAGES
+from support.real_trainers import targets
+from support.repository_models import KINDS, Subject, build_subject
 from support.torchvision_on_cpu import import_torchvision
 
-LINEAGE = {
-    "rt_detr": ("src", "configs/rtdetr/rtdetr_r18vd_6x_coco.yml"),
-    "rt_detr_v2": ("src", "configs/rtdetrv2/rtdetrv2_r18vd_120e_coco.yml"),
-    "d_fine": ("src", "configs/dfine/dfine_hgnetv2_n_coco.yml"),
-    "deim": ("engine", "configs/deim_dfine/deim_hgnetv2_n_coco.yml"),
-    "deimv2": ("engine", "configs/deimv2/deimv2_hgnetv2_pico_coco.yml"),
-}
-LIBREYOLO = {  # of the package libreyolo, in the folder where it was installed
-    "libreyolo_rt_detr": ("rtdetr", "RTDETRModel", {"config": "r18", "backbone_pretrained": False}),
-    "libreyolo_rt_detr_v2": ("rtdetrv2", "RTDETRv2Model", {}),
-    "libreyolo_d_fine": ("dfine", "LibreDFINEModel", {"config": "n"}),
-    "libreyolo_deim": ("deim", "LibreDEIMModel", {"config": "n"}),
-}
-MAINS = ("detr", "conditional", "deformable", "dab", "dn", "dino")
-SMALL = "--device cpu --enc_layers 1 --dec_layers 3 --num_queries 20 --dropout 0"
-
-
-class Subject(NamedTuple):
-    """A model, how it is called in evaluation and in training, and the number of its classes."""
-
-    model: nn.Module
-    call: Callable[[nn.Module], Any]
-    train: Callable[[nn.Module], Any]
-    classes: int
-    teacher_call: Callable[..., Any] | None = None
-
-
-def build_lineage(kind: str) -> Subject:
-    """With the repository's own configuration, at another size of images than it has in evaluation."""
-    package, config = LINEAGE[kind]
-    if kind == "rt_detr":  # its data part is for an older torchvision
-        sys.modules["src.data"] = types.ModuleType("src.data")
-    configuration = importlib.import_module(f"{package}.core").YAMLConfig(config)
-    for backbone in {"PResNet", "HGNetv2"} & configuration.yaml_cfg.keys():
-        configuration.yaml_cfg[backbone]["pretrained"] = False
-    pixels, truth = images(256), targets(80)
-    return Subject(configuration.model, lambda model: model(pixels), lambda model: model(pixels, targets=truth), 80)
-
-
-def build_libreyolo(kind: str) -> Subject:
-    """Models of one package with the shapes of the lineage."""
-    module, name, options = LIBREYOLO[kind]
-    function = getattr(importlib.import_module(f"libreyolo.models.{module}.nn"), name)
-    known = inspect.signature(function).parameters
-    model = function(**{option: value for option, value in options.items() if option in known})
-    pixels, truth = images(256), targets(80)
-    return Subject(model, lambda model: model(pixels), lambda model: model(pixels, targets=truth), 80)
-
-
-def build_main(kind: str, options: list[str]) -> Subject:
-    """With the arguments of the repository's own main.py; the second image has padding."""
-    replace_cuda()
-    misc = importlib.import_module("util.misc")
-    main = importlib.import_module("main")
-    required = {"dab": "--modelname dab_detr --coco_path .", "dn": "--modelname dn_dab_detr --coco_path ."}
-    words = f"{SMALL} {required.get(kind, '')}".split()
-    if kind == "dino":
-        words = ["-c", "config/DINO/DINO_4scale.py", "--device", "cpu"]
-    elif kind != "deformable":
-        words += ["--backbone", "resnet18"]
-    arguments = main.get_args_parser().parse_args([*words, *options])
-    if kind == "dino":
-        config = importlib.import_module("util.slconfig").SLConfig.fromfile(arguments.config_file)
-        for name, value in config._cfg_dict.to_dict().items():
-            setattr(arguments, name, value)
-        small = {"enc_layers": 1, "dec_layers": 3, "num_queries": 30, "num_select": 30, "dn_number": 6}
-        for name, value in small.items():
-            setattr(arguments, name, value)
-    if kind in {"dab", "dn"}:
-        arguments.num_patterns = 0
-    build = getattr(main, "build_model_main", None) or main.build_model
-    model = build(arguments)[0]
-    pixels, truth = images(128), targets(91)
-    padding = torch.zeros(2, 128, 128, dtype=torch.bool)
-    padding[1, :, 96:] = True
-    samples = misc.NestedTensor(pixels * ~padding[:, None], padding)
-    if kind == "dn":
-        noisy = (truth, 5, 0.2, 0.4, 0)
-        plain = lambda model, samples=samples, **_: model(samples, dn_args=0)  # noqa: E731
-        return Subject(model, plain, lambda model: model(samples, dn_args=noisy), 91, plain)
-    given = (samples, truth) if kind == "dino" else (samples,)
-    return Subject(model, lambda model: model(samples), lambda model: model(*given), 91)
-
-
-def replace_cuda() -> None:
-    """Let what is written for one GPU run without."""
-    import torchvision
-
-    torchvision.__version__ = "0.9.0"  # Deformable DETR reads "0.28" as a very old one
-    for name in ("resnet18", "resnet50"):
-        function = getattr(torchvision.models, name)
-        setattr(torchvision.models, name, lambda *_, function=function, pretrained=False, **k: function(**k))
-    Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self
-    to = Tensor.to
-    Tensor.to = lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k)
-    names = ("MultiScaleDeformableAttention", "timm", "timm.models", "timm.models.layers", "torch._overrides")
-    modules = {name: types.ModuleType(name) for name in names}
-    modules["timm.models.layers"].DropPath = modules["timm.models.layers"].to_2tuple = None
-    modules["timm.models.layers"].trunc_normal_ = None
-    modules["torch._overrides"] = torch.overrides
-    sys.modules.update(modules)
-    torch.nn.modules.linear._LinearWithBias = nn.Linear
-    folder = next(iter(Path("models").glob("**/ops")), None)
-    if folder is not None:
-        path = ".".join(folder.parts)
-        core = importlib.import_module(f"{path}.functions.ms_deform_attn_func").ms_deform_attn_core_pytorch
-        attention = importlib.import_module(f"{path}.modules.ms_deform_attn")
-        attention.MSDeformAttnFunction = types.SimpleNamespace(
-            apply=lambda value, shapes, _, places, weights, __: core(value, shapes.tolist(), places, weights)
-        )
-
-
-class NoLoss(nn.Module):
-    """Distillation alone."""
-
-    def forward(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        return {}
+STEPS = 25  # of distillation
 
 
 def worst(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
@@ -155,8 +44,8 @@ def worst(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
 
 
 def look(subject: Subject) -> dict[str, str]:
-    """What the table says of a repository."""
-    model = subject.model.eval()
+    """Whether a tap reads what the model says, and a replay of its own queries gives its own answer."""
+    model = fresh(subject, seed=0).eval()
     with torch.no_grad():
         with Tap(model) as tap:
             subject.call(model)
@@ -169,9 +58,6 @@ def look(subject: Subject) -> dict[str, str]:
         truth = dkl.pad_targets(targets(subject.classes))
         equal = dkl.DETRDistillationLoss(terms, **head)(tap.output(drawn), other.output(drawn), truth)
     model.train()
-    for part in model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
     with Tap(model) as tap:
         answer = subject.train(model)
     trained = tap.output(group=tap.query_group())
@@ -191,51 +77,189 @@ def look(subject: Subject) -> dict[str, str]:
     }
 
 
-def fall(subject: Subject, steps: int) -> str:
-    """How many terms are lower after some steps of distillation alone, on one batch, with the default weights."""
-    student, teacher = copy.deepcopy(subject.model).train(), copy.deepcopy(subject.model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            if parameter.ndim > 1:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.3 * parameter.std(correction=0) * noise)
-    criterion = DistillationCriterion(NoLoss(), student, teacher, teacher_call=subject.teacher_call)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+def fresh(subject: Subject, seed: int) -> nn.Module:
+    """A model that trains, without dropout."""
+    torch.manual_seed(seed)
+    model = subject.build().train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, nn.MultiheadAttention):
+            part.dropout = 0.0
+    return model
+
+
+def learn(
+    model: nn.Module, subject: Subject, losses: Callable[[], dict[str, Tensor]], steps: int
+) -> list[dict[str, float]]:
+    """Losses before each step, and after the last; denoising draws the same noise each time."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=subject.rate)
     history = []
     for _ in range(steps + 1):
         torch.manual_seed(0)
-        losses = criterion(subject.train(student), targets(subject.classes))
+        found = losses()
         optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 0.1)
+        torch.stack(list(found.values())).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-        history.append({name: loss.item() for name, loss in losses.items()})
-    lower = [name for name, first in history[0].items() if history[-1][name] < first]
-    higher = [f"{name} {history[0][name]:.3g} -> {history[-1][name]:.3g}" for name in history[0] if name not in lower]
-    return f"{len(lower)} of {len(history[0])}" + (f" ({', '.join(higher)})" if higher else "")
+        history.append({name: loss.item() for name, loss in found.items()})
+    return history
+
+
+class Lesson:
+    """A teacher that has learned the batch by the repository's own loss, and what it teaches another model."""
+
+    def __init__(self, subject: Subject, steps: int) -> None:
+        self.subject = subject
+        self.teacher = fresh(subject, seed=1)
+        own = learn(self.teacher, subject, lambda: {"own": subject.loss(subject.train(self.teacher))}, steps)
+        self.before, self.after = own[0]["own"], own[-1]["own"]
+        with torch.no_grad(), Tap(self.teacher.eval()) as tap:
+            subject.call(self.teacher)
+        self.output, self.group = tap.output(), tap.query_group()
+        self.distillation = distillation_loss(fresh(subject, seed=0), self.teacher)
+
+    def given_to(self, student: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+        """What a student answers, and the terms of distillation with their default weights."""
+        with Tap(student) as tap:
+            answer = self.subject.train(student)
+        truth = dkl.pad_targets(targets(self.subject.classes))
+        return answer, self.distillation(tap.output(self.group), self.output, truth)
+
+    def fall(self) -> str:
+        """How many terms are lower after some steps of distillation alone, of a student that knows nothing.
+
+        Where some are not, once more with the same proposals of its encoder in each step: which ones become queries
+        changes with all that is learned, and nothing but the own loss teaches it.
+        """
+        found = self._fall(contextlib.nullcontext())
+        return (
+            found
+            if found.startswith(f"{len(self.distillation.names)} of")
+            else (f"{found}; of the same proposals {self._fall(SameProposals())}")
+        )
+
+    def _fall(self, around: AbstractContextManager) -> str:
+        student = fresh(self.subject, seed=0)
+
+        def losses() -> dict[str, Tensor]:
+            with around:
+                return self.given_to(student)[1]
+
+        history = learn(student, self.subject, losses, STEPS)
+        first, last = history[0], history[-1]
+        higher = [f"{name} {first[name]:.3g} -> {last[name]:.3g}" for name in first if not last[name] < first[name]]
+        most = max(last[name] / first[name] for name in first)
+        return f"{len(first) - len(higher)} of {len(first)}, to {most:.2f} at most {', '.join(higher)}".strip()
+
+    def magnitudes(self) -> list[dict[str, str]]:
+        """Each term beside the own loss, for a student that knows nothing and for one that has begun to learn by it."""
+        student = fresh(self.subject, seed=0)
+        found = [{"first step, own": self._magnitudes(student)}]
+        learn(student, self.subject, lambda: {"own": self.subject.loss(self.subject.train(student))}, STEPS - 1)
+        found.append({f"after {STEPS}, own": self._magnitudes(student)})
+        return found
+
+    def _magnitudes(self, student: nn.Module) -> str:
+        """Value of each term, and its gradient by all parameters over that of the own loss."""
+        torch.manual_seed(0)
+        answer, terms = self.given_to(student)
+        parts = {
+            "logits": ("loss_kd_class", "loss_kd_bbox", "loss_kd_giou"),
+            "feature": ("loss_kd_feature",),
+            "group": ("loss_kd_group_class", "loss_kd_group_bbox", "loss_kd_group_giou"),
+            "all": tuple(terms),
+        }
+        sums = {part: torch.stack([terms[name] for name in names]).sum() for part, names in parts.items()}
+        own = self.subject.loss(answer)
+        found = loss_magnitudes(sums, own, student.parameters())
+        shown = [f"{part} {one.value:.3g}, {one.relative_gradient_norm:.2g}" for part, one in found.items()]
+        return " | ".join([f"{own:.3g}", *shown])
+
+
+class SameProposals:
+    """Lets models with two stages choose in every pass what they have chosen in the first."""
+
+    def __init__(self) -> None:
+        self.known: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.number, self.topk = 0, torch.topk
+        torch.topk = self.choose
+
+    def __exit__(self, *_: object) -> None:
+        torch.topk = self.topk
+
+    def choose(self, scores: Tensor, k: int, dim: int = -1, **options: Any) -> Any:
+        if self.number == len(self.known):
+            self.known.append(self.topk(scores, k, dim, **options).indices)
+        chosen = self.known[self.number]
+        self.number += 1
+        return torch.return_types.topk((scores.gather(dim, chosen), chosen))
+
+
+class OwnLoss(nn.Module):
+    """A repository's own loss as a criterion."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.subject = subject
+
+    def forward(self, outputs: Any, _: Any) -> dict[str, Tensor]:
+        return {"own": self.subject.loss(outputs)}
+
+
+def traces(subject: Subject, teacher: nn.Module) -> str:
+    """What copies and files of a student show of its teacher after a step with a criterion that has one."""
+    student = fresh(subject, seed=0)
+    size, keys = saved(student), set(student.state_dict())
+    criterion = DistillationCriterion(OwnLoss(subject), student, teacher, teacher_call=subject.teacher_call)
+    truth = targets(subject.classes)
+    history = learn(student, subject, lambda: criterion(subject.train(student), truth), 1)
+    assert len(history[0]) == 1 + len(criterion.distillation.names), "the teacher has taken no part"
+    other = copy.deepcopy(student)
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in other.modules())
+    more = len(set(other.state_dict()) ^ keys)
+    return "none" if hooks + more == 0 and saved(student) == size else f"{hooks} hooks, {more} tensors more"
+
+
+def saved(model: nn.Module) -> int:
+    """Bytes of a file of a whole model."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.tell()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=[*LINEAGE, *LIBREYOLO, *MAINS])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("kind", choices=[*KINDS, *PACKAGES])
+    parser.add_argument("folder", type=Path, nargs="?", help="of the repository; none for a package")
+    parser.add_argument("--lessons", type=int, default=50, help="steps in which a teacher learns the batch")
     arguments, options = parser.parse_known_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     import_torchvision()
-    commit = subprocess.run(
-        ["git", "-C", arguments.folder, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    os.chdir(arguments.folder)
-    sys.path.insert(0, "")
-    kind = arguments.kind
-    builders = dict.fromkeys(LINEAGE, build_lineage) | dict.fromkeys(LIBREYOLO, build_libreyolo)
-    subject = builders[kind](kind) if kind in builders else build_main(kind, options)
-    found = look(subject) | {"lower after distillation": fall(subject, arguments.steps)}
-    shown = [f"{kind} {' '.join(options)}".strip(), commit, *(f"{what} {seen}" for what, seen in found.items())]
-    print(" | ".join(shown))  # noqa: T201
+    kind, folder = arguments.kind, arguments.folder
+    shown = [" ".join((kind, *options))]
+    if folder is not None:
+        command = ["git", "-C", folder, "rev-parse", "--short=7", "HEAD"]
+        shown.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+        os.chdir(folder)
+        sys.path.insert(0, "")
+    subject = PACKAGES[kind]() if kind in PACKAGES else build_subject(kind, options)
+    if kind not in PACKAGES:  # whose own tests look
+        show(shown, look(subject))
+    if subject.loss is not None:
+        lesson = Lesson(subject, arguments.lessons)
+        learned = {"teacher": f"{lesson.before:.3g} -> {lesson.after:.3g}", "lower": lesson.fall()}
+        if kind not in PACKAGES:
+            learned["traces"] = traces(subject, lesson.teacher)
+        show(shown, learned)
+        for found in lesson.magnitudes():
+            show(shown, found)
+
+
+def show(beginning: list[str], found: dict[str, str]) -> None:
+    print(" | ".join([*beginning, *(f"{what} {seen}" for what, seen in found.items())]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
