@@ -26,7 +26,7 @@ NEEDS = {"detr_kd_losses.plotting": "matplotlib", "detr_kd_losses.testing": "hyp
 
 
 def listing(module: str) -> list[str]:
-    """One line for each name of a module, and for each public method of a class."""
+    """One line for each name of a module, and for each public method of a class, also one that it inherits."""
     return list(_lines(importlib.import_module(module)))
 
 
@@ -35,7 +35,8 @@ def _lines(module: ModuleType) -> Iterator[str]:
         value = getattr(module, name)
         yield f"{name}{_signature(value)}"
         if inspect.isclass(value):
-            for method in sorted(vars(value)):
+            own = [base for base in value.__mro__ if base.__module__.partition(".")[0] == "detr_kd_losses"]
+            for method in sorted({method for base in own for method in vars(base)}):
                 if not method.startswith("_") and callable(getattr(value, method)):
                     yield f"{name}.{method}{_signature(getattr(value, method))}"
 

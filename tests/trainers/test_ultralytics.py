@@ -10,13 +10,12 @@ import torch
 
 pytest.importorskip("ultralytics", reason="`make trainers` installs ultralytics")
 
-import numpy as np
-from PIL import Image
 from ultralytics.nn.tasks import RTDETRDetectionModel
 
-from trainers.ultralytics_rt_detr import DistilledModel, DistillingTrainer, targets_of
+from trainers.ultralytics_rt_detr import DistillingTrainer, targets_of
 
-from support.real_trainers import check_reading, images, targets
+from support.package_models import write_yolo_data, yolo_batch
+from support.real_trainers import check_reading, check_traces, images, targets
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that it loads
 MODEL = "rtdetr-resnet50.yaml"
@@ -29,40 +28,20 @@ def build(seed: int = 0) -> RTDETRDetectionModel:
     return model
 
 
-def batch(size: int = 128) -> dict:
-    truth = targets(2)
-    owners = [torch.full_like(image["labels"], index) for index, image in enumerate(truth)]
-    return {
-        "img": images(size),
-        "cls": torch.cat([image["labels"] for image in truth]).float().unsqueeze(1),
-        "bboxes": torch.cat([image["boxes"] for image in truth]),
-        "batch_idx": torch.cat(owners).float(),
-    }
-
-
 def test_reading() -> None:
-    train = lambda model: model.loss(batch())  # noqa: E731
+    train = lambda model: model.loss(yolo_batch(2))  # noqa: E731
     check_reading(build(), build(1), lambda model: model(images()), train, layers=6, queries=20)
 
 
 def test_targets() -> None:
-    given = targets_of(batch())
+    given = targets_of(yolo_batch(2))
     assert given.mask.tolist() == [[True, True], [True, False]]
     assert given.boxes[1, 0].tolist() == targets(2)[1]["boxes"][0].tolist()
 
 
 def test_epochs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(os.environ, "YOLO_OFFLINE", "true")
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for folder in ("images", "labels"):
-            (tmp_path / folder / split).mkdir(parents=True)
-        for index in range(2):
-            pixels = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / split / f"{index}.jpg")
-            (tmp_path / "labels" / split / f"{index}.txt").write_text(f"{index} 0.5 0.5 0.4 0.5")
-    data = tmp_path / "data.yaml"
-    data.write_text(f"path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: {{0: a, 1: b}}\n")
+    data = write_yolo_data(tmp_path)
     DistillingTrainer.teacher = build(1)
     options = {
         "imgsz": 64,
@@ -75,11 +54,13 @@ def test_epochs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }
     trainer = DistillingTrainer(overrides={"model": MODEL, "data": str(data), "project": str(tmp_path), **options})
     trainer.train()
-    names = trainer.model.distillation.names
-    assert set(names) < set(trainer.loss_names)
+    names = {"loss_kd_class", "loss_kd_bbox", "loss_kd_giou", "loss_kd_feature", "loss_kd_group_class"}
+    assert names < set(trainer.loss_names)
     assert all(f"train/{name}" in trainer.csv.read_text() for name in names)
+    plain = RTDETRDetectionModel(MODEL, nc=2, verbose=False)
+    check_traces(trainer.model, plain, DistillingTrainer.teacher)
+    check_traces(trainer.ema.ema, plain, DistillingTrainer.teacher)
     saved = torch.load(trainer.last, weights_only=False)
     student = saved["ema"] if saved.get("model") is None else saved["model"]
-    assert isinstance(student, DistilledModel)
-    assert repr(student.teacher) == "FrozenTeacher(None)"
-    assert student.state_dict().keys() == RTDETRDetectionModel(MODEL, nc=2, verbose=False).state_dict().keys()
+    assert type(student) is RTDETRDetectionModel
+    assert student.state_dict().keys() == plain.state_dict().keys()

@@ -11,6 +11,7 @@
 """
 
 from detr_kd_losses.taps.agreement import match_classes
+from detr_kd_losses.taps.answered import ModelDistillation
 from detr_kd_losses.taps.coco import COCO_CATEGORY_IDS, coco_class_map
 from detr_kd_losses.taps.find import query_channels
 from detr_kd_losses.taps.loss import distillation_loss, feature_channels
@@ -27,6 +28,7 @@ __all__ = [
     "Description",
     "DistillationCriterion",
     "Layers",
+    "ModelDistillation",
     "QueryGroup",
     "QueryProjection",
     "Tap",

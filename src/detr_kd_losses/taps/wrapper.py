@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detr_kd_losses._validation import validate_in_unit_interval, validate_positive, validate_record
 from detr_kd_losses.criterion import DETRDistillationLoss
-from detr_kd_losses.outputs import DetectorOutput, Targets, pad_targets
-from detr_kd_losses.taps.agreement import validate_apart, validate_classes, validate_heads, validate_levels
-from detr_kd_losses.taps.attachment import attach, images_and_masks
-from detr_kd_losses.taps.find import unwrap
-from detr_kd_losses.taps.loss import distillation_loss
-from detr_kd_losses.taps.projections import learn_projections
-from detr_kd_losses.taps.queries import QueryProjection
-from detr_kd_losses.taps.setup import CORNERS, are_corners, check_setup
-from detr_kd_losses.taps.tap import Tap, set_attribute
-from detr_kd_losses.training.teacher import FrozenTeacher
-from detr_kd_losses.training.value_checks import check_targets
+from detr_kd_losses.outputs import Targets, pad_targets
+from detr_kd_losses.taps.attached import AttachedTeacher, Levels, TeacherCall
 
 __all__ = ["DistillationCriterion"]
 
-TeacherCall = Callable[..., Any]
 TOTAL = "total_loss"  # where a criterion has summed its terms itself
 
 
-class DistillationCriterion(nn.Module):
+class DistillationCriterion(AttachedTeacher):
     """A criterion that adds the terms of a distillation to those of a trainer's own.
 
     From now on the teacher runs before each forward pass of the student in training, under its autocast; the student is
@@ -91,51 +79,24 @@ class DistillationCriterion(nn.Module):
         teacher: nn.Module,
         *,
         distillation: DETRDistillationLoss | None = None,
-        levels: tuple[Sequence[int], Sequence[int]] | None = None,
+        levels: Levels | None = None,
         group_share: float = 1.0,
         teacher_call: TeacherCall | None = None,
         read_targets: Callable[[Any], Targets] = pad_targets,
     ) -> None:
-        super().__init__()
-        for name, model in (("student", student), ("teacher", teacher)):
-            validate_record(name, model, nn.Module, "the model itself")
-        student, teacher = unwrap(student), unwrap(teacher)
-        validate_apart(student, teacher)
-        validate_levels(levels)
-        for rule in (validate_positive, validate_in_unit_interval):
-            rule("group_share", group_share)
-        self.criterion = criterion
-        number = None if levels is None else len(levels[0])
-        if distillation is None:
-            distillation = distillation_loss(student, teacher, levels=number)
-        validate_record("distillation", distillation, DETRDistillationLoss, "DETRDistillationLoss(terms)")
-        validate_heads(distillation, student, teacher)
-        if distillation.class_map is None:
-            validate_classes(student, teacher)
-        self.distillation = distillation
-        self.query_projection = QueryProjection(student, teacher)
+        super().__init__(
+            student,
+            teacher,
+            distillation=distillation,
+            levels=levels,
+            group_share=group_share,
+            teacher_call=teacher_call,
+        )
+        self.criterion, self.read_targets = criterion, read_targets
         self.to(next(student.parameters()).device)
-        self.levels: tuple[Sequence[int] | None, Sequence[int] | None] = levels or (None, None)
-        self.group_share, self.teacher_call, self.read_targets = group_share, teacher_call, read_targets
-        self.teacher = FrozenTeacher(teacher)
-        self._student: tuple[nn.Module, ...] = (student,)  # in a tuple, so that it is no part of the criterion
-        self._reading: tuple[Tap, DetectorOutput, Any] | None = None  # of the forward pass that is under way
-        self._said: tuple[DetectorOutput, DetectorOutput] | None = None
         self._steps, self._weights_were_read, self._total_was_taken = 0, False, False
-        self._targets_were_seen = False
         weights = getattr(criterion, "weight_dict", None)
         self._weights = None if weights is None else {**weights, **dict.fromkeys(self.distillation.names, 1.0)}
-        self._detach = attach(student, self._before, self._after)
-
-    def detach(self) -> None:
-        """Take the teacher off the student: from now on this is the original criterion."""
-        self._detach()
-        self._forget()
-        self._student = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are attached to no student, and hold nothing of a batch."""
-        return {**vars(self), "_student": (), "_detach": _nothing, "_said": None, "_reading": None}
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the state of the original criterion alone, too, as of a run that began without a teacher."""
@@ -146,45 +107,6 @@ class DistillationCriterion(nn.Module):
             for name in ("distillation", "query_projection"):
                 state |= self.get_submodule(name).state_dict(prefix=f"{prefix}{name}.")
         super()._load_from_state_dict(state, prefix, *args)
-
-    def _forget(self) -> None:
-        """Drop what is left of a pass that was interrupted, or whose loss nobody has asked for."""
-        if self._reading is not None:
-            tap, _, _ = self._reading
-            decoder = tap.found.decoder(tap.model)
-            with set_attribute("training", decoder.training, [decoder]):  # it may have been set since
-                tap.__exit__()
-        self._reading = self._said = None
-
-    def _before(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the teacher, and begin to read the student."""
-        self._forget()
-        if not student.training:
-            return
-        with torch.no_grad(), Tap(self.teacher.module) as tap:
-            if self.teacher_call is not None:
-                self.teacher_call(self.teacher, *args, **kwargs)
-            else:
-                images, masks = images_and_masks(student, args, kwargs)
-                self.teacher(images, **masks)
-        group = None
-        if "group" in self.distillation.needs:
-            group = tap.query_group(share=self.group_share)
-        self._reading = Tap(student).__enter__(), tap.output(levels=self.levels[1]), group
-
-    def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
-        """Read the student, and keep what both say for the criterion."""
-        if self._reading is None:
-            return
-        (tap, teacher_output, group), self._reading = self._reading, None
-        tap.__exit__()
-        if outputs is None:  # the forward pass has raised
-            return
-        if group is not None:
-            # Projected after the student's own pass, so that the backward pass comes here before any part of the
-            # student: processes whose terms differ would otherwise average projections and student in another order.
-            group = self.query_projection(group)
-        self._said = tap.output(group, levels=self.levels[0]), teacher_output
 
     def forward(self, outputs: Any, targets: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the terms of the criterion, and in training those of the distillation.
@@ -210,12 +132,7 @@ class DistillationCriterion(nn.Module):
         if not isinstance(losses, Mapping):
             msg = f"`criterion` must answer a dict of losses, got {type(losses).__name__}"
             raise TypeError(msg)
-        student_output, teacher_output = said
-        padded = self.read_targets(targets).to(student_output.logits.device)
-        if not self._targets_were_seen and padded.labels.numel():
-            _warn_of_targets(padded, student_output.logits.shape[-1])
-            self._targets_were_seen = True
-        terms = self.distillation(student_output, teacher_output, padded)
+        terms = self._terms(said, self.read_targets(targets))
         losses = {**losses, **terms}
         if TOTAL in losses:
             losses[TOTAL] = losses[TOTAL] + torch.stack(list(terms.values())).sum()
@@ -257,15 +174,6 @@ class DistillationCriterion(nn.Module):
         self._weights_were_read = True
         return self._weights
 
-    def learn(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None = 0.1) -> None:
-        """Let the optimizer of the student learn the projections of features and queries, if there are any.
-
-        Args:
-            optimizer: The optimizer, before its scheduler is made.
-            max_norm: To which the gradients of the projections are clipped (:func:`learn_projections`).
-        """
-        learn_projections(optimizer, self.distillation, self.query_projection, max_norm=max_norm)
-
     def check(self, call: Callable[[nn.Module], Any], targets: Any = None) -> bool:
         """Print whether the set-up is right (:func:`check_setup`).
 
@@ -279,18 +187,7 @@ class DistillationCriterion(nn.Module):
         Raises:
             RuntimeError: If this is a copy, or was detached.
         """
-        if not self._student:
-            msg = "a criterion that was copied or detached has no student to check: make a new DistillationCriterion"
-            raise RuntimeError(msg)
-        return check_setup(
-            self._student[0],
-            self.teacher.module,
-            call,
-            None if targets is None else self.read_targets(targets),
-            distillation=self.distillation,
-            query_projection=self.query_projection,
-            levels=self.levels,
-        )
+        return self._check(call, None if targets is None else self.read_targets(targets))
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the original criterion, whose attributes some engines look at."""
@@ -300,16 +197,3 @@ class DistillationCriterion(nn.Module):
             if name == "criterion":
                 raise
             return getattr(self.criterion, name)
-
-
-def _nothing() -> None:
-    """What a copy has to detach."""
-
-
-def _warn_of_targets(targets: Targets, num_classes: int) -> None:
-    try:
-        check_targets(*targets, num_classes=num_classes)
-        if are_corners(targets):
-            raise ValueError(CORNERS)
-    except ValueError as error:
-        warnings.warn(f"the targets of the first batch that has any: {error}", stacklevel=3)
