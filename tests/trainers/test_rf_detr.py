@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 pytest.importorskip("rfdetr", reason="`make trainers` installs rfdetr")
 
@@ -21,6 +23,8 @@ from rfdetr.training import RFDETREMACallback, module_model
 from trainers.rf_detr import DistilledModule
 
 from support.real_trainers import check_reading, check_traces, images, targets
+from support.rf_detr_together import Training, batch, be_one_of_two
+from support.two_processes import run_together
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning and of the packages that it loads
 OFFLINE = dataclasses.replace(MODEL_DEFAULTS, force_no_pretrain=True)
@@ -83,3 +87,17 @@ def test_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in module.state_dict() if "teacher" in name]
     check_traces(module.model, build(), teacher)
     assert module.criterion.check(lambda model: model(samples()), targets(CLASSES))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """All losses move every weight as in one process; an overflow in one of them stops neither."""
+    run_together(be_one_of_two, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+    alone = Training(together=False).step(*batch())
+    assert_close(first[0], alone, rtol=1e-7, atol=1e-9)
+    moved = {name for name, movement in alone.items() if movement.any()}
+    learned = {name.partition(".")[0] for name in moved}
+    assert learned >= {"backbone", "transformer", "bbox_embed", "class_embed", "distillation", "query_projection"}
+    assert not any(movement.any() for movement in first[1].values())
+    assert {name for name, movement in first[2].items() if movement.any()} >= moved
