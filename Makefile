@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo   distil a small detector, print a table, draw toy_distillation.png"
 	@echo "make test   run all tests"
-	@echo "make trainers  test in RF-DETR, pydfine and Ultralytics as they are published: half a gigabyte"
+	@echo "make trainers  test in RF-DETR, pydfine, Ultralytics and LibreYOLO as they are published: half a gigabyte"
 	@echo "make lanes  run the core tests on the lowest, the pinned and the newest versions: gigabytes"
 	@echo "make wheel  build what a release uploads, and use it as a newcomer would"
 	@echo "make lint   ruff, mypy, import-linter"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests in the trainers themselves: RF-DETR, pydfine and Ultralytics as they are on PyPI, in a folder of their own that is
+# Tests in the trainers themselves: RF-DETR, pydfine, Ultralytics and LibreYOLO as they are on PyPI, in a folder of their own that is
 # removed. Without their requirements, which would replace the PyTorch that is there; torchvision's wheel is for CUDA and
 # is made to import beside a PyTorch for the CPU.
 #
@@ -13,7 +13,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 "$python" -m pip install -q --disable-pip-version-check --no-deps --target "$folder" \
-  torchvision==0.28.0 rfdetr==1.11.2 pydfine==0.2.1 ultralytics==8.4.190 \
+  torchvision==0.28.0 rfdetr==1.11.2 pydfine==0.2.1 ultralytics==8.4.190 libreyolo==1.6.0 \
   requests certifi charset-normalizer urllib3 supervision pyDeprecate defusedxml opencv-python-headless \
   polars polars-runtime-32 pandas peft pydantic pydantic-core annotated-types typing-inspection \
   faster-coco-eval pycocotools hotcoco
