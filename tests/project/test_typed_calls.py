@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import detr_kd_losses as dkl
+from detr_kd_losses import taps
 from detr_kd_losses._options import TypedCall
 
 Losses = dict[str, Tensor]
 MODULES = [
-    module for name in dkl.__all__ if inspect.isclass(module := getattr(dkl, name)) and issubclass(module, nn.Module)
+    module
+    for names in (dkl, taps)
+    for name in names.__all__
+    if inspect.isclass(module := getattr(names, name)) and issubclass(module, nn.Module)
 ]
 
 
@@ -42,6 +46,15 @@ def right_calls(
     assert_type(dkl.HungarianDistillationLoss()(*[tensor] * 5, teacher_positive=tensor), Losses)
     assert_type(dkl.TargetAwareFeatureLoss()(tensor, [tensor], tensor, tensor), Tensor)
     assert_type(dkl.FeatureProjection()(tensor, tensor), list[Tensor])
+
+
+def calls_of_taps(
+    criterion: taps.DistillationCriterion, projection: taps.QueryProjection, group: taps.QueryGroup, outputs: object
+) -> None:
+    """The same, of what meets a trainer."""
+    assert_type(criterion(outputs, [], epoch=1), Losses)
+    assert_type(projection(group), taps.QueryGroup)
+    projection(outputs)  # type: ignore[arg-type]
 
 
 def wrong_calls(student: dkl.DetectorOutput, targets: dkl.Targets, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_kd_losses._options import TypedCall
 from detr_kd_losses._validation import validate_in_unit_interval, validate_positive, validate_record
 from detr_kd_losses.criterion import DETRDistillationLoss
 from detr_kd_losses.outputs import DetectorOutput, Targets
@@ -29,7 +30,7 @@ Levels = tuple[Sequence[int], Sequence[int]]
 TeacherCall = Callable[..., Any]
 
 
-class AttachedTeacher(nn.Module):
+class AttachedTeacher(TypedCall, nn.Module):
     """A teacher that runs before each forward pass of a student in training, and what both say of the batch.
 
     For those who ask for the losses: a trainer's criterion, or the model itself. The class of the model, its

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_kd_losses._options import TypedCall
 from detr_kd_losses.taps.find import find_decoder, query_channels, unwrap
 from detr_kd_losses.taps.heads import inverse_sigmoid
 from detr_kd_losses.taps.record import QUERY_ROLES, Call, QueryGroup
@@ -59,7 +60,7 @@ def validate_group(parts: dict[str, Tensor], own: dict[str, Tensor], *, batch: i
             raise ValueError(msg)
 
 
-class QueryProjection(nn.Module):
+class QueryProjection(TypedCall, nn.Module):
     """Learned maps of a teacher's queries to the width of a student; references stay.
 
     Without a bias, since the content of DETR's queries is zero, and stays it. Without parameters where both have the
