@@ -76,11 +76,11 @@ MUTANTS = [
         plain_features._direction,
         (
             "no direction divides",
-            "square > 0), square",
-            "square > -1), square",
+            "square > _least_square(square)",
+            "square > -1",
             plain("flat_features", distance="cosine"),
         ),
-        ("lengths matter", "_inverse_root(square, square > 0)", "1", plain_value("cosine")),
+        ("lengths matter", "_inverse_root(square, long)", "1", plain_value("cosine")),
     ),
     *faults(
         plain_features._moments,
