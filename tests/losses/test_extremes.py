@@ -210,3 +210,17 @@ def test_a_teacher_whose_maps_are_next_to_nothing(size, variant, dtype):
     assert 0 <= loss <= 200
     assert student.grad.isfinite().all()
     assert student.grad.abs().max() < 100
+
+
+def test_a_mask_without_a_partner_has_no_part_whatever_it_holds():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 3, 4, 4, generator=generator) for _ in range(2))
+    assignment, results = torch.tensor([[1, -1, 0]]), []
+    for fill in (0.0, float("nan"), INF):
+        leaf, others = student.clone(), teacher.clone()
+        leaf[:, 1], others[:, 2] = fill, fill
+        loss = dkl.mask_distillation_loss(leaf.requires_grad_(), others, assignment)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert results[0][0] > 0
+    for result in results[1:]:
+        assert_close(result, results[0], rtol=0, atol=0)
