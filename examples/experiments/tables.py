@@ -39,6 +39,7 @@ FIRST = (
 )
 CANDIDATES = (  # compared on validation images, to choose a preset
     "best queries + features, decayed",
+    "features x3, decayed",
     "best queries in the first half + features, decayed",
     "best queries + features x3, decayed",
     "best queries x2 + features, decayed",
