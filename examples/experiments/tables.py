@@ -45,7 +45,13 @@ CANDIDATES = (  # compared on validation images, to choose a preset
     "best queries x2 + features, decayed",
     "best queries + logits / 4 + features, decayed",
 )
-LONG = ("alone", "features, decayed", "best queries + features x3, decayed", "logits + features")
+LONG = (
+    "alone",
+    "features, decayed",
+    "features x3, decayed",
+    "best queries + features x3, decayed",
+    "logits + features",
+)
 PRESETS = (*LONG, "best queries + features, decayed", "paper", "official")
 PROBES = (
     "features, decayed; logits",
