@@ -55,16 +55,21 @@ def batch(seed: int = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
     return decoder_parts.images(IMAGES, seed=seed), decoder_parts.targets(IMAGES, seed=seed)
 
 
+def wider_teachers_losses(*, sync: bool = True) -> dkl.DETRDistillationLoss:
+    """Of a teacher of width 24: features of two levels are projected."""
+    options = {"sync_normalizer": sync}
+    return dkl.DETRDistillationLoss(
+        [
+            dkl.LogitsTerm(**options),
+            dkl.FeatureTerm([16, 16], [24, 24], **options),
+            dkl.QueryGroupTerm(**options),
+        ]
+    )
+
+
 def criterion_and_student(*, sync: bool = True) -> tuple[DistillationCriterion, nn.Module]:
     """A wider teacher: features of two levels and the content of queries are projected."""
     student, teacher = lineage.build("v2"), lineage.build("v2", seed=1, queries=10, width=24)
     torch.manual_seed(2)
-    options = {"sync_normalizer": sync}
-    terms = [
-        dkl.LogitsTerm(**options),
-        dkl.FeatureTerm([16, 16], [24, 24], **options),
-        dkl.QueryGroupTerm(**options),
-    ]
-    return DistillationCriterion(
-        SetCriterion(), student, teacher, distillation=dkl.DETRDistillationLoss(terms)
-    ), student
+    distillation = wider_teachers_losses(sync=sync)
+    return DistillationCriterion(SetCriterion(), student, teacher, distillation=distillation), student

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 import detr_kd_losses as dkl
@@ -16,41 +16,15 @@ from detr_kd_losses.taps import DistillationCriterion, ModelDistillation
 from detr_kd_losses.taps.answered import add_terms
 
 from support import lineage
+from support.answering import Answering, distilled
 from support.decoder_parts import images, targets
 from support.engines import SetCriterion
 
 TERMS = {"loss_kd_class": torch.tensor(2.0, requires_grad=True), "loss_kd_bbox": torch.tensor(3.0)}
 
 
-class Answering(nn.Module):
-    """A detector that answers its loss, and what is logged of it."""
-
-    def __init__(self, seed: int = 0, **options: Any) -> None:
-        super().__init__()
-        self.detector = lineage.build("v2", seed=seed, **options)
-
-    def forward(self, batch: dict[str, Any]) -> Any:
-        answer = self.detector(batch["images"], batch["targets"])
-        if not self.training:
-            return answer
-        losses = SetCriterion()(answer, batch["targets"])
-        return torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}
-
-
 def batch(seed: int = 0, **options: Any) -> dict[str, Any]:
     return {"images": images(seed=seed, **options), "targets": targets(seed=seed)}
-
-
-def distilled(**options: Any) -> tuple[Answering, ModelDistillation]:
-    student, teacher = Answering().train(), Answering(seed=1, **options)
-    distillation = ModelDistillation(
-        student,
-        teacher,
-        read_targets=lambda batch: dkl.pad_targets(batch["targets"]),
-        teacher_call=lambda teacher, batch: teacher(batch),
-        levels=([0, 1], [0, 1]),
-    )
-    return student, distillation
 
 
 def test_terms_are_those_of_a_criterion() -> None:
