@@ -13,14 +13,12 @@ that of the loss.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from support.repository_models import KINDS, Subject, build_subject
 from support.torchvision_on_cpu import import_torchvision
 
 STEPS = 25  # of distillation
+RATE = 1e-3  # of a student that learns from a teacher alone, the same for all
 
 
 def worst(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
@@ -89,11 +88,9 @@ def fresh(subject: Subject, seed: int) -> nn.Module:
     return model
 
 
-def learn(
-    model: nn.Module, subject: Subject, losses: Callable[[], dict[str, Tensor]], steps: int
-) -> list[dict[str, float]]:
+def learn(model: nn.Module, losses: Callable[[], dict[str, Tensor]], steps: int, rate: float) -> list[dict[str, float]]:
     """Losses before each step, and after the last; denoising draws the same noise each time."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=subject.rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     history = []
     for _ in range(steps + 1):
         torch.manual_seed(0)
@@ -112,7 +109,7 @@ class Lesson:
     def __init__(self, subject: Subject, steps: int) -> None:
         self.subject = subject
         self.teacher = fresh(subject, seed=1)
-        own = learn(self.teacher, subject, lambda: {"own": subject.loss(subject.train(self.teacher))}, steps)
+        own = learn(self.teacher, lambda: {"own": subject.loss(subject.train(self.teacher))}, steps, subject.rate)
         self.before, self.after = own[0]["own"], own[-1]["own"]
         with torch.no_grad(), Tap(self.teacher.eval()) as tap:
             subject.call(self.teacher)
@@ -127,26 +124,9 @@ class Lesson:
         return answer, self.distillation(tap.output(self.group), self.output, truth)
 
     def fall(self) -> str:
-        """How many terms are lower after some steps of distillation alone, of a student that knows nothing.
-
-        Where some are not, once more with the same proposals of its encoder in each step: which ones become queries
-        changes with all that is learned, and nothing but the own loss teaches it.
-        """
-        found = self._fall(contextlib.nullcontext())
-        return (
-            found
-            if found.startswith(f"{len(self.distillation.names)} of")
-            else (f"{found}; of the same proposals {self._fall(SameProposals())}")
-        )
-
-    def _fall(self, around: AbstractContextManager) -> str:
+        """How many terms are lower after some steps of distillation alone, of a student that knows nothing."""
         student = fresh(self.subject, seed=0)
-
-        def losses() -> dict[str, Tensor]:
-            with around:
-                return self.given_to(student)[1]
-
-        history = learn(student, self.subject, losses, STEPS)
+        history = learn(student, lambda: self.given_to(student)[1], STEPS, RATE)
         first, last = history[0], history[-1]
         higher = [f"{name} {first[name]:.3g} -> {last[name]:.3g}" for name in first if not last[name] < first[name]]
         most = max(last[name] / first[name] for name in first)
@@ -156,7 +136,8 @@ class Lesson:
         """Each term beside the own loss, for a student that knows nothing and for one that has begun to learn by it."""
         student = fresh(self.subject, seed=0)
         found = [{"first step, own": self._magnitudes(student)}]
-        learn(student, self.subject, lambda: {"own": self.subject.loss(self.subject.train(student))}, STEPS - 1)
+        own = lambda: {"own": self.subject.loss(self.subject.train(student))}  # noqa: E731
+        learn(student, own, STEPS - 1, self.subject.rate)
         found.append({f"after {STEPS}, own": self._magnitudes(student)})
         return found
 
@@ -177,27 +158,6 @@ class Lesson:
         return " | ".join([f"{own:.3g}", *shown])
 
 
-class SameProposals:
-    """Lets models with two stages choose in every pass what they have chosen in the first."""
-
-    def __init__(self) -> None:
-        self.known: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self.number, self.topk = 0, torch.topk
-        torch.topk = self.choose
-
-    def __exit__(self, *_: object) -> None:
-        torch.topk = self.topk
-
-    def choose(self, scores: Tensor, k: int, dim: int = -1, **options: Any) -> Any:
-        if self.number == len(self.known):
-            self.known.append(self.topk(scores, k, dim, **options).indices)
-        chosen = self.known[self.number]
-        self.number += 1
-        return torch.return_types.topk((scores.gather(dim, chosen), chosen))
-
-
 class OwnLoss(nn.Module):
     """A repository's own loss as a criterion."""
 
@@ -215,7 +175,7 @@ def traces(subject: Subject, teacher: nn.Module) -> str:
     size, keys = saved(student), set(student.state_dict())
     criterion = DistillationCriterion(OwnLoss(subject), student, teacher, teacher_call=subject.teacher_call)
     truth = targets(subject.classes)
-    history = learn(student, subject, lambda: criterion(subject.train(student), truth), 1)
+    history = learn(student, lambda: criterion(subject.train(student), truth), 1, subject.rate)
     assert len(history[0]) == 1 + len(criterion.distillation.names), "the teacher has taken no part"
     other = copy.deepcopy(student)
     hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in other.modules())
