@@ -26,6 +26,7 @@ from experiments.training import TeacherOf, keep_teacher, rounded, teacher_facts
 from experiments.worlds import TEST, VALIDATION, WORLDS, held_out_images, training_images
 
 BATCH_SIZE, LEARNING_RATE, SHARE = 16, 1e-3, 0.25
+STAGES = ["stage2", "stage3", "stage4"]
 BACKBONES = {
     "RT-DETR": lambda widths: transformers.RTDetrResNetConfig(
         embedding_size=16, hidden_sizes=[16, *widths], depths=[1] * 4, layer_type="basic", out_features=STAGES
@@ -43,7 +44,6 @@ BACKBONES = {
         out_features=STAGES,
     ),
 }
-STAGES = ["stage2", "stage3", "stage4"]
 CLASSES_OF = {
     "RT-DETR": (transformers.RTDetrConfig, transformers.RTDetrForObjectDetection),
     "D-FINE": (transformers.DFineConfig, transformers.DFineForObjectDetection),
