@@ -79,6 +79,7 @@ def along(schedule: Schedule, parts: Parts) -> Parts:
 
 decayed = partial(along, dkl.cosine_decay)
 first_half = partial(along, partial(dkl.stop_after, end=0.5))
+first_quarter = partial(along, partial(dkl.stop_after, end=0.25))
 second_half = partial(along, lambda progress: 1.0 - dkl.stop_after(progress, end=0.5))
 positives = partial(logits, negatives="none")
 NO_BOXES = {"weight_bbox": 0.0, "weight_giou": 0.0}
@@ -96,6 +97,7 @@ SETTINGS = {
     "features, decayed": Setting(decayed(features())),
     "features / 2, decayed": Setting(decayed(features(weight=10.0))),
     "features x3, decayed": Setting(decayed(features(weight=60.0))),
+    "features x6, decayed": Setting(decayed(features(weight=120.0))),
     "logits": Setting(logits()),
     "logits, decayed": Setting(decayed(logits())),
     "logits / 4, decayed": Setting(decayed(logits(weight=0.25))),
@@ -127,6 +129,15 @@ SETTINGS = {
     "shared queries in the first half + features, decayed": Setting(first_half(shared_queries()) | decayed(features())),
     "best queries in the first half + features, decayed": Setting(
         first_half(shared_queries()) | decayed(features()), change=send_best_queries
+    ),
+    "best queries in the first half + features x3, decayed": Setting(
+        first_half(shared_queries()) | decayed(features(weight=60.0)), change=send_best_queries
+    ),
+    "best queries in the first quarter + features x3, decayed": Setting(
+        first_quarter(shared_queries()) | decayed(features(weight=60.0)), change=send_best_queries
+    ),
+    "best queries x2 in the first half + features x3, decayed": Setting(
+        first_half(shared_queries(weight=2.0)) | decayed(features(weight=60.0)), change=send_best_queries
     ),
     "best queries + features x3, decayed": Setting(
         decayed(shared_queries() | features(weight=60.0)), change=send_best_queries

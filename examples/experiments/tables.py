@@ -40,7 +40,11 @@ FIRST = (
 CANDIDATES = (  # compared on validation images, to choose a preset
     "best queries + features, decayed",
     "features x3, decayed",
+    "features x6, decayed",
     "best queries in the first half + features, decayed",
+    "best queries in the first quarter + features x3, decayed",
+    "best queries in the first half + features x3, decayed",
+    "best queries x2 in the first half + features x3, decayed",
     "best queries + features x3, decayed",
     "best queries x2 + features, decayed",
     "best queries + logits / 4 + features, decayed",
