@@ -56,7 +56,7 @@ from detr_kd_losses.training.geometry import Geometry
 from detr_kd_losses.training.offline import OfflineTeacher
 from detr_kd_losses.training.pseudo_targets import add_pseudo_targets, pseudo_targets
 from detr_kd_losses.training.saving import PredictionWriter, save_predictions
-from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
+from detr_kd_losses.training.schedules import WeightSchedule, cosine_decay, linear_warmup, stop_after
 from detr_kd_losses.training.teacher import FrozenTeacher
 from detr_kd_losses.training.value_checks import check_finite, check_targets
 from detr_kd_losses.weights import best_queries, confidence_weight, localization_weight, overlap_weight
@@ -96,6 +96,7 @@ __all__ = [
     "TeacherAssignedQueryLoss",
     "Term",
     "TermShare",
+    "WeightSchedule",
     "add_pseudo_targets",
     "assignment_instability",
     "assignment_to_indices",

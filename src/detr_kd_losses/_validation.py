@@ -7,10 +7,11 @@ and wait for the device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__: list[str] = []
 
@@ -189,3 +190,12 @@ def validate_record(name: str, value: object, record: type, remedy: str) -> None
         keys = f" with keys {sorted(map(str, value))}" if isinstance(value, Mapping) else ""
         msg = f"`{name}` must be a {record.__name__}, got {type(value).__name__}{keys}: pass {remedy}"
         raise TypeError(msg)
+
+
+def validate_terms(criterion: object) -> Mapping[str, Any]:
+    """Return the terms of a criterion, whose weights may be moved, or raise."""
+    terms = getattr(criterion, "terms", None)
+    if not isinstance(terms, nn.ModuleDict):
+        msg = f"`criterion` must be a DETRDistillationLoss with terms, got {type(criterion).__name__}"
+        raise TypeError(msg)
+    return cast("Mapping[str, Any]", terms)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from detr_kd_losses.training.schedules import cosine_decay, linear_warmup, stop_after
+import detr_kd_losses as dkl
+from detr_kd_losses.training.schedules import WeightSchedule, cosine_decay, linear_warmup, stop_after
 
 unit = st.floats(0, 1)
 
@@ -65,3 +69,88 @@ def test_stop_is_a_step(progress: float, end: float) -> None:
 def test_refuses_what_is_no_share(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def two_terms() -> dkl.DETRDistillationLoss:
+    return dkl.DETRDistillationLoss({"one": dkl.FeatureTerm(weight=20.0), "other": dkl.SharedQueryTerm(weight=0.5)})
+
+
+def weights_of(criterion: nn.Module) -> dict[str, float]:
+    return {name: term.weight for name, term in criterion.terms.items()}
+
+
+@given(visited=st.lists(unit, max_size=4), last=unit)
+def test_weights_depend_on_the_progress_alone(visited: list[float], last: float) -> None:
+    criterion = two_terms()
+    schedule = WeightSchedule(criterion, cosine_decay)
+    for progress in [*visited, last]:
+        schedule.update(progress)
+    factor = math.cos(math.pi / 2 * last) ** 2
+    assert weights_of(criterion) == {"one": pytest.approx(20 * factor), "other": pytest.approx(0.5 * factor)}
+
+
+def test_a_term_without_a_schedule_keeps_its_weight() -> None:
+    criterion = two_terms()
+    schedule = WeightSchedule(criterion, {"other": lambda progress: 2 * progress})
+    criterion.terms["one"].weight = 3.0
+    schedule.update(0.75)
+    assert weights_of(criterion) == {"one": 3.0, "other": 0.75}
+
+
+def test_nothing_changes_until_the_first_update_and_a_copy_goes_its_own_way() -> None:
+    criterion = two_terms()
+    schedule = WeightSchedule(criterion, cosine_decay)
+    assert weights_of(criterion) == {"one": 20.0, "other": 0.5}
+    copied, copied_schedule = copy.deepcopy((criterion, schedule))
+    copied_schedule.update(1.0)
+    assert weights_of(copied) == {"one": 0.0, "other": 0.0}
+    assert weights_of(criterion) == {"one": 20.0, "other": 0.5}
+
+
+def test_a_resumed_run_has_the_weights_of_one_that_went_on() -> None:
+    criterion, resumed = two_terms(), two_terms()
+    schedule = WeightSchedule(criterion, cosine_decay)
+    for progress in (0.0, 0.3, 0.6):
+        schedule.update(progress)
+    WeightSchedule(resumed, cosine_decay).update(0.6)
+    assert weights_of(resumed) == weights_of(criterion)
+
+
+@pytest.mark.parametrize(
+    ("schedules", "error", "message"),
+    [
+        ({"feature": cosine_decay}, ValueError, r"`schedules` must name terms .*\['one', 'other'\], got \['feature'\]"),
+        ({}, ValueError, r"`schedules` must name terms of the criterion, \['one', 'other'\], got none"),
+        (0.5, TypeError, r"`schedules\['one'\]` must be a function of the progress, got float"),
+        ({"other": None}, TypeError, r"`schedules\['other'\]` must be a function of the progress, got NoneType"),
+    ],
+)
+def test_refuses_what_is_no_schedule(schedules: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        WeightSchedule(two_terms(), schedules)
+
+
+def test_refuses_what_has_no_terms() -> None:
+    with pytest.raises(TypeError, match="`criterion` must be a DETRDistillationLoss with terms, got Linear"):
+        WeightSchedule(nn.Linear(1, 1), cosine_decay)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "message"),
+    [
+        (cosine_decay, 2, r"`progress` must be in \[0, 1\], got 2"),
+        (lambda progress: -progress, 0.5, r"`schedules\['other'\]` must give a factor >= 0, got -0.5 at 0.5"),
+        (lambda progress: math.nan, 0.5, r"`schedules\['other'\]` must give a factor >= 0, got nan at 0.5"),
+        (lambda progress: math.inf, 0.5, r"`schedules\['other'\]` must give a factor >= 0, got inf at 0.5"),
+    ],
+)
+def test_a_bad_factor_changes_no_weight(schedule: Callable[[float], float], progress: float, message: str) -> None:
+    criterion = two_terms()
+    follower = WeightSchedule(criterion, {"one": stop_at_once, "other": schedule})
+    with pytest.raises(ValueError, match=message):
+        follower.update(progress)
+    assert weights_of(criterion) == {"one": 20.0, "other": 0.5}
+
+
+def stop_at_once(progress: float) -> float:
+    return stop_after(progress, end=0.0)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from detr_kd_losses._validation import validate_count, validate_in_unit_interval, validate_positive, validate_type
+from detr_kd_losses._validation import (
+    validate_count,
+    validate_in_unit_interval,
+    validate_positive,
+    validate_terms,
+    validate_type,
+)
 from detr_kd_losses.training.diagnostics import gradient_norm, learned_among
 
 __all__ = ["ShareController", "TermShare"]
@@ -91,16 +97,13 @@ class ShareController:
         rate: float = 0.1,
         bounds: tuple[float, float] = (0.01, 100.0),
     ) -> None:
-        terms = getattr(criterion, "terms", None)
-        if not isinstance(terms, nn.ModuleDict):
-            msg = f"`criterion` must be a DETRDistillationLoss with terms, got {type(criterion).__name__}"
-            raise TypeError(msg)
+        terms = validate_terms(criterion)
         validate_count("every", every)
         validate_positive("rate", rate)
         validate_in_unit_interval("rate", rate)
         self.shares, self.bounds = _validated_shares(shares, terms), _validated_bounds(bounds)
         self.every, self.rate, self.steps = every, rate, 0
-        self._terms = cast("Mapping[str, Any]", terms)
+        self._terms = terms
         for name in self.shares:
             self._validate_weight(name, self._terms[name].weight)
 
@@ -183,7 +186,7 @@ class ShareController:
             raise ValueError(msg)
 
 
-def _validated_shares(shares: Mapping[str, float], terms: nn.ModuleDict) -> dict[str, float]:
+def _validated_shares(shares: Mapping[str, float], terms: Mapping[str, Any]) -> dict[str, float]:
     """The wanted shares, of terms that there are."""
     validate_type("shares", shares, Mapping, "a mapping from names of terms to shares")
     unknown = sorted(map(str, set(shares) - set(terms)))

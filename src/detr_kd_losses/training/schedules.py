@@ -1,19 +1,22 @@
 """Weights that change while training goes on: plain functions from progress in [0, 1] to a factor in [0, 1].
 
-A product of schedules is a schedule. The options of every term are attributes, so a training loop writes
-
-    criterion.terms["feature"].weight = 20 * cosine_decay(step / steps, start=0.5)
-
-or multiplies the sum of the terms by the factor, and need not run the teacher at all where the factor is 0.
+A product of schedules is a schedule. `WeightSchedule` lets the weights of a criterion's terms follow them; the teacher
+need not run at all where all of them are 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from detr_kd_losses._validation import validate_in_unit_interval
+from torch import nn
 
-__all__ = ["cosine_decay", "linear_warmup", "stop_after"]
+from detr_kd_losses._validation import validate_in_unit_interval, validate_terms
+
+__all__ = ["WeightSchedule", "cosine_decay", "linear_warmup", "stop_after"]
+
+Schedule = Callable[[float], float]
 
 
 def linear_warmup(progress: float, *, end: float = 0.05) -> float:
@@ -91,3 +94,76 @@ def stop_after(progress: float, *, end: float) -> float:
     validate_in_unit_interval("progress", progress)
     validate_in_unit_interval("end", end)
     return 1.0 if progress < end else 0.0
+
+
+class WeightSchedule:
+    r"""Lets the weights of terms follow schedules, each from the weight that it has now.
+
+    .. math:: w_t(p) = w_t \, s_t(p)
+
+    Constant weights accelerate a training, and may then hold it back: a student that is nearly as good as it will be
+    has little to gain from a teacher's mistakes. Nobody calls it unless you do, at the beginning of a step or an epoch:
+
+        schedule = WeightSchedule(criterion, cosine_decay)
+        schedule.update(epoch / epochs)
+
+    It has no state but the first weights: a run that is resumed makes it anew, from the weights that it began with, and
+    goes on at its progress. A weight that is set in between is overwritten. A term has a schedule, or a share that
+    :class:`ShareController` holds.
+
+    Args:
+        criterion: :class:`DETRDistillationLoss` or another Module, whose ``terms`` have the weights.
+        schedules: From progress in [0, 1] to a factor that is not negative, for all terms; or by name of the term, and
+            others keep their weights.
+
+    Raises:
+        TypeError: If the criterion has no terms, or a schedule cannot be called.
+        ValueError: If a name is no term.
+
+    Examples:
+        >>> from detr_kd_losses import DETRDistillationLoss, FeatureTerm, SharedQueryTerm
+        >>> criterion = DETRDistillationLoss([FeatureTerm(weight=20.0), SharedQueryTerm()])
+        >>> half = lambda progress: stop_after(progress, end=0.5)
+        >>> schedule = WeightSchedule(criterion, {"feature": cosine_decay, "shared_query": half})
+        >>> schedule.update(0.5)
+        >>> {name: round(term.weight, 6) for name, term in criterion.terms.items()}
+        {'feature': 10.0, 'shared_query': 0.0}
+    """
+
+    def __init__(self, criterion: nn.Module, schedules: Schedule | Mapping[str, Schedule]) -> None:
+        terms = validate_terms(criterion)
+        self.schedules = _by_term(schedules, terms)
+        self.weights = {name: float(terms[name].weight) for name in self.schedules}
+        self._terms = terms
+
+    def update(self, progress: float) -> None:
+        """Set the weights to those at a progress; nothing else changes.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+
+        Raises:
+            ValueError: If it is not in [0, 1], or a factor is negative or not finite: then no weight changes.
+        """
+        validate_in_unit_interval("progress", progress)
+        factors = {name: float(schedule(progress)) for name, schedule in self.schedules.items()}
+        for name, factor in factors.items():
+            if not 0 <= factor < math.inf:
+                msg = f"`schedules[{name!r}]` must give a factor >= 0, got {factor!r} at {progress!r}"
+                raise ValueError(msg)
+        for name, factor in factors.items():
+            self._terms[name].weight = self.weights[name] * factor
+
+
+def _by_term(schedules: Schedule | Mapping[str, Schedule], terms: Mapping[str, Any]) -> dict[str, Schedule]:
+    """A schedule for each term that has one."""
+    by_name = dict(schedules) if isinstance(schedules, Mapping) else dict.fromkeys(terms, schedules)
+    unknown = sorted(map(str, set(by_name) - set(terms)))
+    if unknown or not by_name:
+        msg = f"`schedules` must name terms of the criterion, {sorted(terms)}, got {unknown or 'none'}"
+        raise ValueError(msg)
+    for name, schedule in by_name.items():
+        if not callable(schedule):
+            msg = f"`schedules[{name!r}]` must be a function of the progress, got {type(schedule).__name__}"
+            raise TypeError(msg)
+    return by_name
