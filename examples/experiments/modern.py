@@ -22,7 +22,7 @@ from detr_kd_losses.taps import Tap
 from experiments.controls import send_best_queries
 from experiments.rows import Row, Run
 from experiments.settings import SETTINGS, Setting
-from experiments.training import TeacherOf, keep_teacher, rounded, teacher_facts, teacher_file, weight_setter
+from experiments.training import TeacherOf, keep_teacher, rounded, teacher_facts, teacher_file, weight_schedule
 from experiments.worlds import TEST, VALIDATION, WORLDS, held_out_images, training_images
 
 BATCH_SIZE, LEARNING_RATE, SHARE = 16, 1e-3, 0.25
@@ -110,9 +110,9 @@ def train(
     world, steps, seed = run
     data, validation = training_images(world), held_out_images(world, VALIDATION)
     criterion = dkl.DETRDistillationLoss({name: part.make() for name, part in setting.parts.items()})
-    set_weights = weight_setter(criterion, setting.parts)
+    schedule = weight_schedule(criterion, setting.parts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     evaluate_at = {round(steps * (part + 1) / 5) for part in range(5)}
     curve, seconds = [], 0.0
     for step, indices in zip(range(1, steps + 1), endless_batches(len(data), BATCH_SIZE, seed), strict=False):
@@ -120,13 +120,14 @@ def train(
         images = enlarged(batch.normalised())
         said = None if teacher is None else say(teacher, images)
         start = time.process_time()
-        set_weights((step - 1) / steps)
+        if schedule is not None:
+            schedule.update((step - 1) / steps)
         loss = step_loss(model.train(), images, batch, said, criterion, share_of(setting))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
         seconds += time.process_time() - start
         if step in evaluate_at:
             curve.append([step, *map(rounded, evaluate(Detector(model), validation))])

@@ -98,6 +98,9 @@ SETTINGS = {
     "features / 2, decayed": Setting(decayed(features(weight=10.0))),
     "features x3, decayed": Setting(decayed(features(weight=60.0))),
     "features x6, decayed": Setting(decayed(features(weight=120.0))),
+    "features x12, decayed": Setting(decayed(features(weight=240.0))),
+    "features x24, decayed": Setting(decayed(features(weight=480.0))),
+    "features x6": Setting(features(weight=120.0)),
     "logits": Setting(logits()),
     "logits, decayed": Setting(decayed(logits())),
     "logits / 4, decayed": Setting(decayed(logits(weight=0.25))),
@@ -138,6 +141,12 @@ SETTINGS = {
     ),
     "best queries x2 in the first half + features x3, decayed": Setting(
         first_half(shared_queries(weight=2.0)) | decayed(features(weight=60.0)), change=send_best_queries
+    ),
+    "best queries in the first quarter + features x6, decayed": Setting(
+        first_quarter(shared_queries()) | decayed(features(weight=120.0)), change=send_best_queries
+    ),
+    "best queries + features x6, decayed": Setting(
+        decayed(shared_queries() | features(weight=120.0)), change=send_best_queries
     ),
     "best queries + features x3, decayed": Setting(
         decayed(shared_queries() | features(weight=60.0)), change=send_best_queries

@@ -70,7 +70,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         seed=run.seed,
         teacher=teacher,
         distillation=criterion if setting.parts else None,
-        set_weights=weight_setter(criterion, setting.parts),
+        schedule=weight_schedule(criterion, setting.parts),
         watch=watch,
         on_step=on_step,
     )
@@ -91,15 +91,9 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
     }
 
 
-def weight_setter(criterion: dkl.DETRDistillationLoss, parts: Parts) -> Callable[[float], None]:
-    """Return a function of the progress that lets the weight of every term follow its schedule."""
-    weights = {name: term.weight for name, term in criterion.terms.items()}
-
-    def set_weights(progress: float) -> None:
-        for name, term in criterion.terms.items():
-            term.weight = weights[name] * parts[name].schedule(progress)
-
-    return set_weights
+def weight_schedule(criterion: dkl.DETRDistillationLoss, parts: Parts) -> dkl.WeightSchedule | None:
+    """Return what lets the weight of every term follow its schedule, if there are terms."""
+    return dkl.WeightSchedule(criterion, {name: part.schedule for name, part in parts.items()}) if parts else None
 
 
 def gradient_watcher(
@@ -178,7 +172,8 @@ def fingerprint(name: str) -> dict[str, float]:
         teacher = Teacher.from_model(model, images)
         if setting.change is not None:
             teacher = setting.change(teacher, criterion.terms)
-        weight_setter(criterion, setting.parts)(0.4)
+        if setting.parts:
+            weight_schedule(criterion, setting.parts).update(0.4)
         losses = step_losses(student, images, torch.arange(8), teacher, criterion if setting.parts else None)
     values = {"detection": losses.detection, **losses.distillation}
     return {name: rounded(value.item()) for name, value in values.items()}

@@ -77,24 +77,24 @@ def train(
     learning_rate: float = 2e-3,
     evaluations: int = 5,
     on_step: Callable[[], None] = lambda: None,
-    set_weights: Callable[[float], None] | None = None,
+    schedule: dkl.WeightSchedule | None = None,
     watch: Callable[[int, Losses], None] | None = None,
 ) -> History:
     """Train `model` in place: detection loss, plus the distillation terms where there is a teacher.
 
-    `set_weights` is called with the progress in [0, 1) before each step, `watch` with the step and its losses, before
-    they are differentiated; its time does not count.
+    `schedule` moves the weights of the terms, `watch` is called with the step and its losses, before they are
+    differentiated; its time does not count.
     """
     modules = [model] if distillation is None else [model, distillation]  # the latter may own a projection
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     evaluate_at = {round(steps * (k + 1) / evaluations) for k in range(evaluations)}
     history = History()
     for step, indices in zip(range(1, steps + 1), endless_batches(len(data), batch_size, seed), strict=False):
         start = time.process_time()
-        if set_weights is not None:
-            set_weights((step - 1) / steps)
+        if schedule is not None:
+            schedule.update((step - 1) / steps)
         losses = step_losses(model, data.select(indices), indices, teacher, distillation)
         if watch is not None:
             paused = time.process_time()
@@ -104,7 +104,7 @@ def train(
         (losses.detection + sum(losses.distillation.values())).backward()
         torch.nn.utils.clip_grad_norm_(parameters, max_norm=5.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
         history.seconds += time.process_time() - start
         if step in evaluate_at:
             ap, ap50 = evaluate(model, validation)

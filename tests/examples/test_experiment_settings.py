@@ -135,10 +135,10 @@ def test_every_setting_of_a_table_is_known() -> None:
 def test_weights_follow_their_schedules() -> None:
     parts = SETTINGS["shared queries in the first half + features, decayed"].parts
     criterion = dkl.DETRDistillationLoss({name: part.make() for name, part in parts.items()})
-    set_weights = training.weight_setter(criterion, parts)
+    schedule = training.weight_schedule(criterion, parts)
     seen = []
     for progress in (0.0, 0.5, 0.75, 0.0):
-        set_weights(progress)
+        schedule.update(progress)
         seen.append((criterion.terms["shared"].weight, round(criterion.terms["feature"].weight, 3)))
     assert seen == [(1.0, 20.0), (0.0, 10.0), (0.0, 2.929), (1.0, 20.0)]
 
