@@ -19,12 +19,12 @@ from experiments.rows import RESULTS
 from experiments.run import CACHE
 from experiments.settings import SETTINGS
 from experiments.tables import TABLES
-from experiments.training import detector, ready_teacher
+from experiments.training import detector, ready_teacher, weight_schedule
 from experiments.worlds import all_images
 
 FILE = RESULTS / "cost.json"
 WORLD, STEPS, TURNS = "shapes", 8, 7
-MEASURED = ("main", "presets")  # the tables whose settings are measured
+MEASURED = ("main", "presets", "demo, preset", "demo, controls", "demo, all")  # the tables whose settings are measured
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def seconds_of(setting: str, cache: Path) -> float:
-    """Return the processor time of a few steps of training from nothing."""
+    """Return the processor time of a training of a few steps, from the beginning of its schedules to their end."""
     parts, change = SETTINGS[setting].parts, SETTINGS[setting].change
     torch.manual_seed(0)
     model = detector(WORLD, STUDENT)
@@ -67,6 +67,7 @@ def seconds_of(setting: str, cache: Path) -> float:
         seed=0,
         teacher=teacher,
         distillation=criterion if parts else None,
+        schedule=weight_schedule(criterion, parts),
         evaluations=1,
     )
     return history.seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from model import TinyDETR
@@ -50,6 +51,7 @@ class Setting(NamedTuple):
     change: Callable[[Teacher, Mapping[str, dkl.Term]], Teacher] | None = None
     labels: Callable[..., Any] = keep_labels
     begin: Callable[[TinyDETR, Teacher], None] | None = None  # what it does to the student before its training
+    shares: Mapping[str, float] = MappingProxyType({})  # of the whole gradient, which the terms' weights follow
 
     @property
     def needs_teacher(self) -> bool:
@@ -161,6 +163,16 @@ SETTINGS = {
     "paper": Setting(logits() | features(weight=10.0) | assigned_group()),
     "paper, decayed": Setting(decayed(logits() | features(weight=10.0) | assigned_group())),
     "official": Setting(logits(matching="joint") | features(variant="official", relative=False) | assigned_group()),
+    # All three kinds at once, the group as shared queries.
+    "all, decayed": Setting(decayed(shared_queries() | features() | logits()), change=send_best_queries),
+    "all, queries in the first half": Setting(
+        first_half(shared_queries()) | decayed(features() | logits()), change=send_best_queries
+    ),
+    "all, at held shares": Setting(
+        shared_queries() | features() | logits(),
+        change=send_best_queries,
+        shares={"shared": 0.2, "feature": 0.2, "logits": 0.2},
+    ),
     # Of students whose head predicts distributions.
     "box distributions, decayed": Setting(decayed(distributions())),
     "features + box distributions, decayed": Setting(decayed(features() | distributions())),

@@ -107,6 +107,14 @@ MODERN = (
     "box distributions, decayed",
     "features + box distributions, decayed",
 )
+ALL = (
+    "alone",
+    "best queries + features, decayed",
+    "logits + features, decayed",
+    "all, decayed",
+    "all, queries in the first half",
+    "all, at held shares",
+)
 STUDENTS = ("alone", "features, decayed", "best queries + features, decayed")
 TABLES = {
     "demo": Table("demo", (600,), FIRST),
@@ -119,6 +127,7 @@ TABLES = {
     "curves": Table("shapes", (1000, 4000, 8000), LONG, seeds=3),
     "long": Table("shapes", (6000,), LONG, seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
+    "demo, all": Table("demo", (600,), ALL),
     "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
     "demo, groups": Table("demo, 48 queries", (600,), GROUPS),
     **{

@@ -57,6 +57,8 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
     watchers = [matching_watcher(model, training_images(run.world), run.steps, instability)]
     if setting.parts:
         watchers.append(gradient_watcher(model, criterion, run.steps, gradients))
+    if setting.shares:
+        watchers.append(share_holder(model, criterion, setting.shares))
 
     def watch(step: int, losses: Losses) -> None:
         for watcher in watchers:
@@ -70,7 +72,7 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
         seed=run.seed,
         teacher=teacher,
         distillation=criterion if setting.parts else None,
-        schedule=weight_schedule(criterion, setting.parts),
+        schedule=None if setting.shares else weight_schedule(criterion, setting.parts),
         watch=watch,
         on_step=on_step,
     )
@@ -120,6 +122,18 @@ def gradient_watcher(
             seen["between"].setdefault(f"{one}, {other}", []).append(rounded(cosine))
 
     return watch
+
+
+def share_holder(
+    model: TinyDETR, criterion: dkl.DETRDistillationLoss, shares: Mapping[str, float]
+) -> Callable[[int, Losses], None]:
+    """Return a function that moves the weights of the terms, 40 times in 2,000 steps, towards their shares."""
+    controller = dkl.ShareController(criterion, shares, every=50, rate=0.5)
+
+    def hold(step: int, losses: Losses) -> None:  # noqa: ARG001
+        controller.update(losses.distillation, losses.detection, model.parameters())
+
+    return hold
 
 
 def matching_watcher(
