@@ -29,8 +29,8 @@ class DistillationTrainer(RestoringTrainer):
     Args:
         teacher: A trained detector of transformers, of the same kind as the model, of any size.
         distillation: The loss; None: `distillation_loss(model, teacher)`.
-        schedule: Factor of the distillation terms at a progress in [0, 1] of the training; where it is 0 the teacher
-            does not run.
+        schedule: What the weights of the terms follow, as `dkl.WeightSchedule` takes it; None: they are constant. In a
+            step in which all are 0 the teacher does not run.
         group_share: How many of the teacher's queries run through the student's decoder, the surest first; 1: all.
         student_levels: Feature levels of the student to distil, where teacher and student have different ones.
         teacher_levels: Those of the teacher that correspond.
@@ -42,7 +42,7 @@ class DistillationTrainer(RestoringTrainer):
         *,
         teacher: nn.Module,
         distillation: dkl.DETRDistillationLoss | None = None,
-        schedule: Callable[[float], float] = lambda progress: 1.0,  # noqa: ARG005
+        schedule: Callable[[float], float] | Mapping[str, Callable[[float], float]] | None = None,
         group_share: float = 1.0,
         student_levels: Sequence[int] | None = None,
         teacher_levels: Sequence[int] | None = None,
@@ -55,10 +55,10 @@ class DistillationTrainer(RestoringTrainer):
             raise ValueError(msg)
         self.teacher = FrozenTeacher(teacher).to(self.args.device)
         self.levels = (student_levels, teacher_levels)
-        self.schedule = schedule
         self.group_share = group_share
         num_levels = None if student_levels is None else len(student_levels)
         self.distillation = distillation or distillation_loss(self.model, teacher, levels=num_levels)
+        self.schedule = None if schedule is None else dkl.WeightSchedule(self.distillation, schedule)
         validate_heads(self.distillation, self.model, teacher)
         if self.distillation.class_map is None:
             validate_classes(self.model, teacher)
@@ -81,8 +81,9 @@ class DistillationTrainer(RestoringTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the model's own loss, plus the distillation terms while it trains."""
-        factor = self.schedule(self.state.global_step / self.state.max_steps) if model.training else 0.0
-        if factor == 0:
+        if model.training and self.schedule is not None:
+            self.schedule.update(self.state.global_step / self.state.max_steps)
+        if not model.training or all(term.weight == 0 for term in self.distillation.terms.values()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not inputs.get("labels"):
             msg = (
@@ -94,7 +95,7 @@ class DistillationTrainer(RestoringTrainer):
         with Tap(self.accelerator.unwrap_model(model)) as student_tap:
             loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         terms = self.distillation_terms(student_tap, inputs, targets)
-        loss = loss + factor / self._undivided_micro_batches() * torch.stack(list(terms.values())).sum()
+        loss = loss + torch.stack(list(terms.values())).sum() / self._undivided_micro_batches()
         return (loss, outputs) if return_outputs else loss
 
     def distillation_terms(

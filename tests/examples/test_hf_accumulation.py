@@ -144,7 +144,7 @@ def average_and_train(rank: int, folder: Path) -> None:
 
 
 def steps_in_which_things_happen(rank: int, folder: Path) -> dict[str, Any]:
-    """Step 0 is ordinary; in 1 the schedule is 0, in 2 the weight of the features; in 3 a process has no object."""
+    """Step 0 is ordinary; in 1 all weights are 0, in 2 that of the features; in 3 a process has no object."""
     teacher = zoo.build("deformable_refine", seed=1, width=128, num_queries=20)
     student = zoo.build("deformable_refine", dropout=0.0)
     images = one_object_each()[:1] * 10
@@ -155,14 +155,14 @@ def steps_in_which_things_happen(rank: int, folder: Path) -> dict[str, Any]:
         args=training_arguments(folder, steps=5, batch_size=1, save_strategy="no", warmup_steps=0, logging_steps=1),
         train_dataset=images,
         data_collator=collate,
-        schedule=lambda progress: float(progress != 0.2),
+        schedule={name: lambda progress: float(progress != 0.2) for name in ("logits", "query_group")}
+        | {"feature": lambda progress: float(progress not in (0.2, 0.4))},
     )
     moved: list[list[bool]] = []
     projections = list(trainer.projections.parameters())
 
     class Happenings(transformers.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            trainer.distillation.terms["feature"].weight = 0.0 if state.global_step == 2 else 20.0
             if rank == 0:
                 trainer.log({"loss": 0.0})  # by one process alone
             self.before = [one.detach().clone() for one in projections]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_steps_do_not_leak_into_each_other(teacher: nn.Module, shapes: CocoDetec
 
 def test_schedule_stops_the_teacher(teacher: nn.Module, shapes: CocoDetection, tmp_path: Path) -> None:
     trainer = student_trainer(teacher, shapes, tmp_path, steps=4, options={"save_strategy": "no"})
-    trainer.schedule = lambda progress: stop_after(progress, end=0.5)
+    trainer.schedule = dkl.WeightSchedule(trainer.distillation, partial(stop_after, end=0.5))
     calls = []
     hook = teacher.register_forward_hook(lambda *_: calls.append(trainer.state.global_step))
     trainer.train()
