@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from detr_kd_losses._options import HEADS, OptionModule
-from detr_kd_losses._validation import validate_choice, validate_record
+from detr_kd_losses._validation import validate_record
 from detr_kd_losses.heads import Activation, ClassMap, Heads
 from detr_kd_losses.outputs import DetectorOutput, Targets
+from detr_kd_losses.presets import Preset, preset_terms
 from detr_kd_losses.step import Step, TargetMatching
 from detr_kd_losses.term import Term
-from detr_kd_losses.terms.features import FeatureTerm
-from detr_kd_losses.terms.logits import LogitsTerm
-from detr_kd_losses.terms.query_group import QueryGroupTerm
 
 __all__ = ["DETRDistillationLoss"]
-
-Preset = Literal["paper", "official"]
-
-_PRESETS: dict[str, Callable[[], list[Term]]] = {
-    "paper": lambda: [LogitsTerm(), FeatureTerm(), QueryGroupTerm()],
-    "official": lambda: [
-        LogitsTerm(matching="joint"),
-        FeatureTerm(weight=20.0, variant="official", relative=False),
-        QueryGroupTerm(),
-    ],
-}
 
 
 class DETRDistillationLoss(OptionModule):
@@ -42,12 +29,14 @@ class DETRDistillationLoss(OptionModule):
     applies where the outputs carry what it needs (``features`` of both and ``queries`` of the teacher, ``group`` of the
     student); one side without the other is an error. :attr:`names` lists what all terms together may return.
 
-    Two presets are lists of terms. ``"paper"``, the default, has the paper's losses, that of features relative to the
+    Presets are lists of terms. ``"paper"``, the default, has the paper's losses, that of features relative to the
     teacher's: ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but
     with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(weight=20.0,
-    variant="official", relative=False), QueryGroupTerm()]``.
+    variant="official", relative=False), QueryGroupTerm()]``. ``"recommended"`` is what did best in our experiments:
+    ``[FeatureTerm(weight=60.0), SharedQueryTerm()]``, the latter for a quarter of the teacher's queries
+    (:func:`best_queries`); without a ``group`` it does not apply. Its weights are to follow a :class:`WeightSchedule`.
     Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 5.0``. Weights are
-    constant until you change them; in a long training let them fall (:func:`cosine_decay`).
+    constant until you change them; in a long training let them fall (:class:`WeightSchedule`).
 
     Args:
         terms: The name of a preset; terms; or terms by name, where two are of the same kind.
@@ -63,6 +52,7 @@ class DETRDistillationLoss(OptionModule):
         TypeError: If a term is not a :class:`Term`.
 
     Examples:
+        >>> from detr_kd_losses import LogitsTerm
         >>> targets = Targets(torch.tensor([[1], [0]]), torch.rand(2, 1, 4), torch.tensor([[True], [False]]))
         >>> teacher = DetectorOutput(torch.randn(6, 2, 9, 3), torch.rand(6, 2, 9, 4))
         >>> student = DetectorOutput(torch.randn(3, 2, 5, 3, requires_grad=True), torch.rand(3, 2, 5, 4))
@@ -162,8 +152,7 @@ class DETRDistillationLoss(OptionModule):
 def _by_name(terms: Preset | Iterable[Term] | Mapping[str, Term]) -> dict[str, Term]:
     """Terms by name: ``LogitsTerm`` is ``"logits"``, ``QueryGroupTerm`` ``"query_group"``."""
     if isinstance(terms, str):
-        validate_choice("preset", terms, tuple(_PRESETS))
-        terms = _PRESETS[terms]()
+        terms = preset_terms(terms)
     if not isinstance(terms, Mapping):
         terms = list(terms)
         names = [re.sub("(?<!^)(?=[A-Z])", "_", type(term).__name__.removesuffix("Term")).lower() for term in terms]

@@ -42,6 +42,7 @@ def test_a_loss_obeys(law, loss):
     [
         {"preset": "official"},
         {"preset": "paper"},
+        {"preset": "recommended"},
         {"student_activation": "softmax", "teacher_activation": "softmax", "temperature": 2.0},
     ],
     ids=str,

@@ -71,8 +71,9 @@ def loss_and_gradients(student, teacher, targets, preset="official", **options):
     leaves = over_tensors(floating(lambda tensor: tensor.detach().clone().requires_grad_()), student)
     losses = criterion(leaves, teacher, targets)
     sum(losses.values()).backward()
-    assert set(losses) >= {"loss_kd_class", "loss_kd_feature", "loss_kd_group_class"}
-    tensors = {name: getattr(leaves, name) for name in ("logits", "boxes", "features")}
+    assert set(losses) == set(criterion.names), "every term applies"
+    own = ("logits", "boxes", "features") if "logits" in criterion.terms else ("features",)
+    tensors = {name: getattr(leaves, name) for name in own}
     tensors |= {f"group_{name}": tensor for name, tensor in leaves.group._asdict().items()}
     grads = {name: tensor.grad for name, tensor in tensors.items()}
     return {name: loss.detach() for name, loss in losses.items()}, grads

@@ -140,3 +140,17 @@ def test_targets_as_collators_leave_them(collate: Any) -> None:
     (student,) = criterion._student
     losses = [criterion(student.train()(x=images()), given) for given in (targets(), collate(targets()))]
     assert losses[0]["loss_kd_class"] == losses[1]["loss_kd_class"]
+
+
+@pytest.mark.parametrize("preset", ["paper", "official", "recommended"])
+def test_every_preset_gets_a_projection_between_widths(preset: Any) -> None:
+    wide, narrow = lineage.build("v2"), lineage.build("v2", seed=1, width=24)
+    projected = distillation_loss(narrow, wide, terms=preset)
+    assert projected.names == dkl.DETRDistillationLoss(preset).names
+    assert {tuple(weight.shape[:2]) for weight in projected.parameters() if weight.ndim == 4} == {(lineage.WIDTH, 24)}
+    assert not list(distillation_loss(wide, lineage.build("v2", seed=1), terms=preset).parameters())
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`preset` must be one of .*'recommended', got 'best'"):
+        distillation_loss(lineage.build("v2"), lineage.build("v2", seed=1), terms="best")

@@ -89,6 +89,27 @@ def test_weights_depend_on_the_progress_alone(visited: list[float], last: float)
     assert weights_of(criterion) == {"one": pytest.approx(20 * factor), "other": pytest.approx(0.5 * factor)}
 
 
+def test_unless_told_otherwise_groups_stop_at_half_time_and_all_else_falls() -> None:
+    terms = [dkl.LogitsTerm(), dkl.QueryGroupTerm(), dkl.FeatureTerm(weight=2.0), dkl.SharedQueryTerm(weight=0.0)]
+    criterion = dkl.DETRDistillationLoss(terms)
+    schedule = WeightSchedule(criterion)
+    seen = []
+    for progress in (0.25, 0.5):
+        schedule.update(progress)
+        seen.append({name: round(weight, 6) for name, weight in weights_of(criterion).items()})
+    falling = round(math.cos(math.pi / 8) ** 2, 6)
+    assert seen == [
+        {
+            "logits": falling,
+            "query_group": 1.0,
+            "feature": round(2 * math.cos(math.pi / 8) ** 2, 6),
+            "shared_query": 0.0,
+        },
+        {"logits": 0.5, "query_group": 0.0, "feature": 1.0, "shared_query": 0.0},
+    ]
+    assert criterion.needs == {"features"}  # so that nobody runs the group any longer
+
+
 def test_a_term_without_a_schedule_keeps_its_weight() -> None:
     criterion = two_terms()
     schedule = WeightSchedule(criterion, {"other": lambda progress: 2 * progress})

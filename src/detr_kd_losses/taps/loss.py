@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from detr_kd_losses.criterion import DETRDistillationLoss
+from detr_kd_losses.presets import Preset, preset_terms
 from detr_kd_losses.taps.agreement import validate_apart, validate_classes
 from detr_kd_losses.taps.find import attribute_around, find_decoder, query_channels, unwrap
 from detr_kd_losses.term import Term
-from detr_kd_losses.terms.features import FeatureTerm
-from detr_kd_losses.terms.logits import LogitsTerm
-from detr_kd_losses.terms.query_group import QueryGroupTerm
 
 __all__ = ["distillation_loss", "feature_channels", "num_levels"]
 
@@ -23,7 +21,7 @@ def distillation_loss(
     teacher: nn.Module,
     *,
     levels: int | None = None,
-    terms: Iterable[Term] | None = None,
+    terms: Preset | Iterable[Term] | Mapping[str, Term] = "paper",
     **options: Any,
 ) -> DETRDistillationLoss:
     """Return a :class:`DETRDistillationLoss` for two models: heads and widths as they have them.
@@ -35,8 +33,8 @@ def distillation_loss(
         student: The student.
         teacher: The teacher.
         levels: Number of feature levels that are distilled. None: all of the student's.
-        terms: Terms of the loss. None: those of its default, with a projection of features between models of
-            different widths.
+        terms: The name of a preset, which gets a projection of features between models of different widths; or
+            terms, as :class:`DETRDistillationLoss` takes them.
         **options: Those of :class:`DETRDistillationLoss`.
 
     Returns:
@@ -51,8 +49,8 @@ def distillation_loss(
         validate_classes(student, teacher)
     models = {"student": student, "teacher": teacher}
     heads = {f"{role}_activation": find_decoder(unwrap(model)).description.activation for role, model in models.items()}
-    if terms is None:
-        terms = [LogitsTerm(), FeatureTerm(*feature_channels(student, teacher, levels)), QueryGroupTerm()]
+    if isinstance(terms, str):
+        terms = preset_terms(terms, *feature_channels(student, teacher, levels))
     return DETRDistillationLoss(terms, **(heads | options))
 
 

@@ -104,7 +104,7 @@ class WeightSchedule:
     Constant weights accelerate a training, and may then hold it back: a student that is nearly as good as it will be
     has little to gain from a teacher's mistakes. Nobody calls it unless you do, at the beginning of a step or an epoch:
 
-        schedule = WeightSchedule(criterion, cosine_decay)
+        schedule = WeightSchedule(criterion)
         schedule.update(epoch / epochs)
 
     It has no state but the first weights: a run that is resumed makes it anew, from the weights that it began with, and
@@ -114,7 +114,8 @@ class WeightSchedule:
     Args:
         criterion: :class:`DETRDistillationLoss` or another Module, whose ``terms`` have the weights.
         schedules: From progress in [0, 1] to a factor that is not negative, for all terms; or by name of the term, and
-            others keep their weights.
+            others keep their weights. None: what did best in our experiments: all fall along :func:`cosine_decay`, but
+            terms that need a group of queries, which costs another pass of the student's decoder, stop at half time.
 
     Raises:
         TypeError: If the criterion has no terms, or a schedule cannot be called.
@@ -123,14 +124,13 @@ class WeightSchedule:
     Examples:
         >>> from detr_kd_losses import DETRDistillationLoss, FeatureTerm, SharedQueryTerm
         >>> criterion = DETRDistillationLoss([FeatureTerm(weight=20.0), SharedQueryTerm()])
-        >>> half = lambda progress: stop_after(progress, end=0.5)
-        >>> schedule = WeightSchedule(criterion, {"feature": cosine_decay, "shared_query": half})
+        >>> schedule = WeightSchedule(criterion)
         >>> schedule.update(0.5)
         >>> {name: round(term.weight, 6) for name, term in criterion.terms.items()}
         {'feature': 10.0, 'shared_query': 0.0}
     """
 
-    def __init__(self, criterion: nn.Module, schedules: Schedule | Mapping[str, Schedule]) -> None:
+    def __init__(self, criterion: nn.Module, schedules: Schedule | Mapping[str, Schedule] | None = None) -> None:
         terms = validate_terms(criterion)
         self.schedules = _by_term(schedules, terms)
         self.weights = {name: float(terms[name].weight) for name in self.schedules}
@@ -155,8 +155,14 @@ class WeightSchedule:
             self._terms[name].weight = self.weights[name] * factor
 
 
-def _by_term(schedules: Schedule | Mapping[str, Schedule], terms: Mapping[str, Any]) -> dict[str, Schedule]:
+def _first_half(progress: float) -> float:
+    return stop_after(progress, end=0.5)
+
+
+def _by_term(schedules: Schedule | Mapping[str, Schedule] | None, terms: Mapping[str, Any]) -> dict[str, Schedule]:
     """A schedule for each term that has one."""
+    if schedules is None:
+        schedules = {name: _first_half if "group" in term.needs else cosine_decay for name, term in terms.items()}
     by_name = dict(schedules) if isinstance(schedules, Mapping) else dict.fromkeys(terms, schedules)
     unknown = sorted(map(str, set(by_name) - set(terms)))
     if unknown or not by_name:
