@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
-from runs import ALONE, BOTH, STUDENT, TEACHER, load_detector, validation_images, weights_file
+from runs import ALONE, RECOMMENDED, STUDENT, TEACHER, load_detector, validation_images, weights_file
 from shapes import CLASSES, ShapeImages
 from torch import Tensor
 from train import Histories, predict
@@ -27,7 +27,7 @@ def draw_comparison(students: Histories, directory: Path, out: Path) -> None:
     curves, gains = charts.subplots(1, 2, width_ratios=(1.25, 1))
     draw_curves(curves, students)
     draw_gains(gains, students)
-    draw_image(pictures, directory, min(students[BOTH]))
+    draw_image(pictures, directory, min(students[RECOMMENDED]))
     figure.suptitle(headline(students), fontsize=17, fontweight="bold", color=INK)
     figure.savefig(out, dpi=110)
 
@@ -40,8 +40,8 @@ def headline(students: Histories) -> str:
 
 
 def seed_gains(students: Histories) -> list[float]:
-    """Return the AP that logits and features add, for each seed."""
-    return [run.ap[-1] - students[ALONE][seed].ap[-1] for seed, run in students[BOTH].items()]
+    """Return the AP that the recommended distillation adds, for each seed."""
+    return [run.ap[-1] - students[ALONE][seed].ap[-1] for seed, run in students[RECOMMENDED].items()]
 
 
 # ------------------------------------------------------------------------------------------------------------ charts
@@ -49,14 +49,14 @@ def seed_gains(students: Histories) -> list[float]:
 
 def draw_curves(axes: Axes, students: Histories) -> None:
     """Draw AP over the training steps: each seed thin, their mean bold, settings with fewer seeds in the back."""
-    others = [setting for setting in students if setting not in (ALONE, BOTH)]
-    colours = dict(zip(others, OTHERS, strict=False)) | {ALONE: GREY, BOTH: BLUE}
+    others = [setting for setting in students if setting not in (ALONE, RECOMMENDED)]
+    colours = dict(zip(others, OTHERS, strict=False)) | {ALONE: GREY, RECOMMENDED: BLUE}
     labels = []
     for setting, colour in colours.items():
         runs = list(students[setting].values())
         steps = [0, *runs[0].steps]
         curves = torch.tensor([[0.0, *run.ap] for run in runs])
-        important = setting in (ALONE, BOTH)
+        important = setting in (ALONE, RECOMMENDED)
         axes.plot(steps, curves.mean(0), color=colour, lw=3.5 if important else 1.5, alpha=1 if important else 0.7)
         if important:
             axes.plot(steps, curves.T, color=colour, lw=1, alpha=0.5)
@@ -91,8 +91,8 @@ def place_labels(axes: Axes, x: float, labels: list[tuple[float, str, str, bool]
 
 
 def draw_gains(axes: Axes, students: Histories) -> None:
-    """Draw, seed by seed, how far logits and features move the final AP."""
-    for row, (seed, gain) in enumerate(zip(students[BOTH], seed_gains(students), strict=True)):
+    """Draw, seed by seed, how far the recommended distillation moves the final AP."""
+    for row, (seed, gain) in enumerate(zip(students[RECOMMENDED], seed_gains(students), strict=True)):
         before = students[ALONE][seed].ap[-1]
         after, colour = before + gain, BLUE if gain > 0 else RED
         axes.annotate("", (after, row), (before, row), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 4})
@@ -101,9 +101,9 @@ def draw_gains(axes: Axes, students: Histories) -> None:
         axes.text(before + gain / 2, row - 0.13, f"{gain:+.1f} AP", ha="center", color=colour, size=13, weight="bold")
         for value, text_colour in ((before, GREY), (after, colour)):
             axes.text(value, row + 0.24, f"{value:.1f}", ha="center", color=text_colour, size=10)
-    style(axes, f"Final AP, seed by seed: {ALONE} → {BOTH}", xlabel="AP")
-    axes.set_yticks(range(len(students[BOTH])), [f"seed {seed}" for seed in students[BOTH]])
-    axes.set_ylim(len(students[BOTH]) - 0.4, -0.6)
+    style(axes, f"Final AP, seed by seed: {ALONE} → {RECOMMENDED}", xlabel="AP")
+    axes.set_yticks(range(len(students[RECOMMENDED])), [f"seed {seed}" for seed in students[RECOMMENDED]])
+    axes.set_ylim(len(students[RECOMMENDED]) - 0.4, -0.6)
     axes.margins(x=0.15)
 
 
@@ -125,7 +125,7 @@ def draw_image(figure: SubFigure, directory: Path, seed: int) -> None:
     data = image_to_show(validation_images())
     alone, student, teacher = (
         predict(load_detector(kind, weights_file(directory, name, of_seed)), data)
-        for kind, name, of_seed in ((STUDENT, ALONE, seed), (STUDENT, BOTH, seed), (TEACHER, "teacher", 0))
+        for kind, name, of_seed in ((STUDENT, ALONE, seed), (STUDENT, RECOMMENDED, seed), (TEACHER, "teacher", 0))
     )
     axes = figure.subplots(1, 4, width_ratios=(1, 1, 2.6, 1.15))
     image = data.images[0]
@@ -134,7 +134,7 @@ def draw_image(figure: SubFigure, directory: Path, seed: int) -> None:
         panel.set(xlim=(0, 1), ylim=(1, 0))
         panel.set_axis_off()
     draw_detections(axes[0], alone, data.targets, ALONE)
-    draw_detections(axes[1], student, data.targets, BOTH)
+    draw_detections(axes[1], student, data.targets, RECOMMENDED)
     draw_matching(axes[2], image, student, teacher, data.targets)
     draw_mask(axes[3], image, teacher, data.targets)
     count = int(data.targets.mask.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +18,14 @@ import detr_kd_losses as dkl
 TEACHER: dict[str, Any] = {"num_queries": 48, "backbone_width": 16, "residual_blocks": 1, "encoder_layers": 2}
 STUDENT: dict[str, Any] = {"num_queries": 16, "backbone_width": 8, "residual_blocks": 0, "encoder_layers": 1}
 
-ALONE, BOTH = "student alone", "+ logits + features"
-SETTINGS: dict[str, set[str]] = {  # which of the three losses join the detection loss
+ALONE, RECOMMENDED = "student alone", "recommended"
+SETTINGS: dict[str, set[str]] = {  # which losses join the detection loss
     ALONE: set(),
     "+ logits": {"logits"},
     "+ features": {"feature"},
     "+ query group": {"query_group"},
-    BOTH: {"logits", "feature"},
     "+ all three": {"logits", "feature", "query_group"},
+    RECOMMENDED: {"feature", "shared_query"},
 }
 
 
@@ -51,29 +52,38 @@ def train_student(setting: str, seed: int, directory: Path, scale: Scale, on_ste
     """Train one student, the same for each setting but for its losses, and save its weights."""
     torch.manual_seed(seed)
     model = TinyDETR(num_classes=len(CLASSES), **STUDENT)
-    losses = SETTINGS[setting]
     history = train(
         model,
         training_images(scale),
         validation_images(),
         steps=scale.student_steps,
         seed=seed,
-        teacher=ready_teacher(directory, scale) if losses else None,
-        distillation=distillation_loss(losses) if losses else None,
+        **what_joins(setting, lambda: ready_teacher(directory, scale)),
         on_step=on_step,
     )
     torch.save(model.state_dict(), weights_file(directory, setting, seed))
     return history
 
 
-def distillation_loss(losses: set[str]) -> dkl.DETRDistillationLoss:
-    """Return the criterion for some of the three losses, with features at twice their weight, as in the experiments.
+def what_joins(setting: str, teacher: Callable[[], Teacher]) -> dict[str, Any]:
+    """Return the options of a training: teacher, criterion, and what the weights of its terms follow.
 
-    The teacher has more queries than the student: the default preset matches those first that found an object, so that
-    none of them goes without a student query.
+    The recommended preset asks for a quarter of the teacher's queries, and lets its weights fall; all others have the
+    preset of the paper, or a part of it, with constant weights.
     """
-    terms = {"logits": dkl.LogitsTerm(), "feature": dkl.FeatureTerm(weight=20.0), "query_group": dkl.QueryGroupTerm()}
-    return dkl.DETRDistillationLoss({name: term for name, term in terms.items() if name in losses})
+    losses = SETTINGS[setting]
+    if not losses:
+        return {}
+    criterion = dkl.DETRDistillationLoss("recommended" if setting == RECOMMENDED else "paper")
+    for name in set(criterion.terms) - losses:
+        del criterion.terms[name]
+    if setting != RECOMMENDED:
+        return {"teacher": teacher(), "distillation": criterion}
+    return {
+        "teacher": replace(teacher(), share=0.25),
+        "distillation": criterion,
+        "schedule": dkl.WeightSchedule(criterion),
+    }
 
 
 def training_images(scale: Scale) -> ShapeImages:

@@ -157,15 +157,13 @@ def test_the_query_group_teaches_the_student_and_not_the_teacher() -> None:
 def few_steps(setting: str) -> tuple[TinyDETR, train.History]:
     data, validation = shapes.make_shapes(20, 0), shapes.make_shapes(10, 1)
     student = tiny_detector(num_queries=6)
-    losses = runs.SETTINGS[setting]
     history = train.train(
         student,
         data,
         validation,
         steps=3,
         seed=0,
-        teacher=train.Teacher.from_model(tiny_detector(num_queries=10, seed=1), data) if losses else None,
-        distillation=runs.distillation_loss(losses) if losses else None,
+        **runs.what_joins(setting, lambda: train.Teacher.from_model(tiny_detector(num_queries=10, seed=1), data)),
         batch_size=8,
         evaluations=1,
     )
@@ -183,7 +181,7 @@ def test_three_steps_of_training(setting: str) -> None:
 
 
 def test_training_depends_on_the_seed_alone() -> None:
-    (first, _), (again, _) = few_steps(runs.BOTH), few_steps(runs.BOTH)
+    (first, _), (again, _) = few_steps(runs.RECOMMENDED), few_steps(runs.RECOMMENDED)
     for parameter, expected in zip(again.parameters(), first.parameters(), strict=True):
         assert torch.equal(parameter, expected)
 
@@ -215,9 +213,9 @@ def test_the_picture_says_what_came_out(tmp_path: Path, monkeypatch: pytest.Monk
     runs.train_teacher(tmp_path, scale, on_step=lambda: None)
     students = {
         setting: {0: runs.train_student(setting, 0, tmp_path, scale, on_step=lambda: None)}
-        for setting in (runs.ALONE, runs.BOTH)
+        for setting in (runs.ALONE, runs.RECOMMENDED)
     }
-    students[runs.ALONE][0].ap[-1], students[runs.BOTH][0].ap[-1] = 30.0, 20.0
+    students[runs.ALONE][0].ap[-1], students[runs.RECOMMENDED][0].ap[-1] = 30.0, 20.0
     assert "-10.0 AP for the student, better on 0 of 1 seeds" in draw.headline(students)
     draw.draw_comparison(students, tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
