@@ -92,6 +92,7 @@ def probe(term: Callable[..., dkl.Term], **options: Any) -> Parts:
     return _part("logits", term, negatives="none", **options)
 
 
+RECOMMENDED = "best queries in the first half + features x3, decayed"  # the preset, as a row has it
 SETTINGS = {
     "alone": Setting({}),
     # One loss.

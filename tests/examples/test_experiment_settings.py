@@ -12,7 +12,7 @@ from torch import Tensor
 
 import detr_kd_losses as dkl
 from experiments import crowds, digits, directions, probes, rows, tables, training, worlds
-from experiments.settings import SETTINGS
+from experiments.settings import RECOMMENDED, SETTINGS
 
 from support.small_world import RUN, SMALL
 
@@ -141,6 +141,19 @@ def test_weights_follow_their_schedules() -> None:
         schedule.update(progress)
         seen.append((criterion.terms["shared"].weight, round(criterion.terms["feature"].weight, 3)))
     assert seen == [(1.0, 20.0), (0.0, 10.0), (0.0, 2.929), (1.0, 20.0)]
+
+
+def test_the_recommended_preset_is_what_was_measured() -> None:
+    """Terms, options and weights all along the training: a row says nothing of another preset."""
+    parts = SETTINGS[RECOMMENDED].parts
+    measured = dkl.DETRDistillationLoss({name: part.make() for name, part in parts.items()})
+    preset = dkl.DETRDistillationLoss("recommended")
+    schedules = training.weight_schedule(measured, parts), dkl.WeightSchedule(preset)
+    for progress in (0.0, 0.2, 0.49, 0.5, 0.8, 1.0):
+        for schedule in schedules:
+            schedule.update(progress)
+        by_kind = [{type(term): term.options for term in loss.terms.values()} for loss in (measured, preset)]
+        assert by_kind[0] == by_kind[1]
 
 
 def test_gradients_are_watched_as_one_vector(small_world: Path) -> None:
