@@ -92,6 +92,21 @@ def begin_with_queries(student: TinyDETR, teacher: Teacher) -> None:
         student.anchors.copy_(teacher.model.anchors[:number])
 
 
+def begin_with_decoder(student: TinyDETR, teacher: Teacher) -> None:
+    """Let the student begin with the teacher's decoder and heads, and keep its own queries."""
+    for name in ("decoder", "class_heads", "box_heads", "box_embedding"):
+        getattr(student, name).load_state_dict(getattr(teacher.model, name).state_dict())
+
+
+def begin_with_decoder_and_queries(student: TinyDETR, teacher: Teacher) -> None:
+    """Let the student begin with the decoder and heads of the teacher, and the queries that this is surest of."""
+    begin_with_decoder(student, teacher)
+    sure = teacher.outputs.logits[-1].sigmoid().amax(-1).mean(0).topk(len(student.queries)).indices
+    with torch.no_grad():
+        student.queries.copy_(teacher.model.queries[sure])
+        student.anchors.copy_(teacher.model.anchors[sure])
+
+
 def show_other_images(teacher: Teacher, terms: Mapping[str, dkl.Term], fields: tuple[str, ...]) -> Teacher:  # noqa: ARG001
     """Let some of the teacher's outputs be those of other images."""
     images = len(teacher.outputs.features)

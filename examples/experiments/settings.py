@@ -15,6 +15,8 @@ from experiments.controls import (
     FreshGroupTerm,
     OwnGroupTerm,
     add_teacher_boxes,
+    begin_with_decoder,
+    begin_with_decoder_and_queries,
     begin_with_queries,
     keep_labels,
     replace_by_teacher_boxes,
@@ -151,6 +153,12 @@ SETTINGS = {
     "best queries + features x6, decayed": Setting(
         decayed(shared_queries() | features(weight=120.0)), change=send_best_queries
     ),
+    "best queries in the first half + features x6, decayed": Setting(
+        first_half(shared_queries()) | decayed(features(weight=120.0)), change=send_best_queries
+    ),
+    "best queries, assigned, in the first half + features x6, decayed": Setting(
+        first_half(assigned_group()) | decayed(features(weight=120.0)), change=send_best_queries
+    ),
     "best queries + features x3, decayed": Setting(
         decayed(shared_queries() | features(weight=60.0)), change=send_best_queries
     ),
@@ -197,6 +205,17 @@ SETTINGS = {
     "own group": Setting(own_group(), change=send_own_group),
     "own group, decayed": Setting(decayed(own_group()), change=send_own_group),
     "teacher's queries at the beginning": Setting({}, begin=begin_with_queries),
+    "teacher's decoder at the beginning": Setting({}, begin=begin_with_decoder),
+    "teacher's decoder at the beginning; features x3, decayed": Setting(
+        decayed(features(weight=60.0)), begin=begin_with_decoder
+    ),
+    "teacher's decoder at the beginning; features x6, decayed": Setting(
+        decayed(features(weight=120.0)), begin=begin_with_decoder
+    ),
+    "teacher's decoder and best queries at the beginning": Setting({}, begin=begin_with_decoder_and_queries),
+    "teacher's decoder and best queries at the beginning; features x3, decayed": Setting(
+        decayed(features(weight=60.0)), begin=begin_with_decoder_and_queries
+    ),
     "teacher's queries, matched afresh": Setting(fresh_group()),
     "assigned group": Setting(assigned_group()),
     "teacher's boxes too": Setting({}, labels=add_teacher_boxes),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from experiments.rows import Run
+from experiments.settings import RECOMMENDED
 
 
 class Table(NamedTuple):
@@ -45,6 +46,8 @@ CANDIDATES = (  # compared on validation images, to choose a preset
     "features x24, decayed",
     "features x6",
     "best queries in the first quarter + features x6, decayed",
+    "best queries in the first half + features x6, decayed",
+    "best queries, assigned, in the first half + features x6, decayed",
     "best queries + features x6, decayed",
     "best queries in the first half + features, decayed",
     "best queries in the first quarter + features x3, decayed",
@@ -56,6 +59,7 @@ CANDIDATES = (  # compared on validation images, to choose a preset
 )
 LONG = (
     "alone",
+    RECOMMENDED,
     "features, decayed",
     "features x3, decayed",
     "best queries + features x3, decayed",
@@ -115,6 +119,16 @@ ALL = (
     "all, queries in the first half",
     "all, at held shares",
 )
+BEGINNINGS = (
+    "alone",
+    "features x3, decayed",
+    "teacher's queries at the beginning",
+    "teacher's decoder at the beginning",
+    "teacher's decoder and best queries at the beginning",
+    "teacher's decoder at the beginning; features x3, decayed",
+    "teacher's decoder at the beginning; features x6, decayed",
+    "teacher's decoder and best queries at the beginning; features x3, decayed",
+)
 STUDENTS = ("alone", "features, decayed", "best queries + features, decayed")
 TABLES = {
     "demo": Table("demo", (600,), FIRST),
@@ -122,11 +136,14 @@ TABLES = {
     "main": Table("shapes", (2000,), FIRST),
     "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
     "presets": Table("shapes", (2000,), PRESETS),
+    "demo, presets": Table("demo", (600,), PRESETS),
     "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
     "preset": Table("shapes", (2000,), CANDIDATES, seeds=2),
     "curves": Table("shapes", (1000, 4000, 8000), LONG, seeds=3),
     "long": Table("shapes", (6000,), LONG, seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
+    "demo, beginnings": Table("demo", (600,), BEGINNINGS, seeds=3),
+    "beginnings": Table("shapes", (2000,), BEGINNINGS, seeds=3),
     "demo, all": Table("demo", (600,), ALL),
     "why logits harm": Table("shapes", (2000,), PROBES, seeds=3),
     "demo, groups": Table("demo, 48 queries", (600,), GROUPS),
