@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from model import Group, TinyDETR, grid_anchors
+from runs import DECODER
 from shapes import ShapeImages
 from torch import Tensor, nn
 from train import Teacher
@@ -94,8 +95,12 @@ def begin_with_queries(student: TinyDETR, teacher: Teacher) -> None:
 
 def begin_with_decoder(student: TinyDETR, teacher: Teacher) -> None:
     """Let the student begin with the teacher's decoder and heads, and keep its own queries."""
-    for name in ("decoder", "class_heads", "box_heads", "box_embedding"):
-        getattr(student, name).load_state_dict(getattr(teacher.model, name).state_dict())
+    dkl.inherit_weights(student, teacher.model, DECODER)
+
+
+def begin_with_transformer(student: TinyDETR, teacher: Teacher) -> None:
+    """The same, with the teacher's last encoder layer too."""
+    dkl.inherit_weights(student, teacher.model, ["encoder", *DECODER])
 
 
 def begin_with_decoder_and_queries(student: TinyDETR, teacher: Teacher) -> None:

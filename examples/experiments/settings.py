@@ -18,6 +18,7 @@ from experiments.controls import (
     begin_with_decoder,
     begin_with_decoder_and_queries,
     begin_with_queries,
+    begin_with_transformer,
     keep_labels,
     replace_by_teacher_boxes,
     send_best_queries,
@@ -94,7 +95,7 @@ def probe(term: Callable[..., dkl.Term], **options: Any) -> Parts:
     return _part("logits", term, negatives="none", **options)
 
 
-RECOMMENDED = "best queries in the first half + features x3, decayed"  # the preset, as a row has it
+RECOMMENDED = "teacher's decoder at the beginning; features x3, decayed"  # the preset, as a row has it
 SETTINGS = {
     "alone": Setting({}),
     # One loss.
@@ -211,6 +212,9 @@ SETTINGS = {
     ),
     "teacher's decoder at the beginning; features x6, decayed": Setting(
         decayed(features(weight=120.0)), begin=begin_with_decoder
+    ),
+    "teacher's decoder and encoder at the beginning; features x3, decayed": Setting(
+        decayed(features(weight=60.0)), begin=begin_with_transformer
     ),
     "teacher's decoder and best queries at the beginning": Setting({}, begin=begin_with_decoder_and_queries),
     "teacher's decoder and best queries at the beginning; features x3, decayed": Setting(

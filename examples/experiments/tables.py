@@ -60,8 +60,9 @@ CANDIDATES = (  # compared on validation images, to choose a preset
 LONG = (
     "alone",
     RECOMMENDED,
-    "features, decayed",
+    "teacher's decoder at the beginning",
     "features x3, decayed",
+    "features, decayed",
     "best queries + features x3, decayed",
     "logits + features",
 )
@@ -128,6 +129,7 @@ BEGINNINGS = (
     "teacher's decoder at the beginning; features x3, decayed",
     "teacher's decoder at the beginning; features x6, decayed",
     "teacher's decoder and best queries at the beginning; features x3, decayed",
+    "teacher's decoder and encoder at the beginning; features x3, decayed",
 )
 STUDENTS = ("alone", "features, decayed", "best queries + features, decayed")
 TABLES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,9 @@ SETTINGS: dict[str, set[str]] = {  # which losses join the detection loss
     "+ features": {"feature"},
     "+ query group": {"query_group"},
     "+ all three": {"logits", "feature", "query_group"},
-    RECOMMENDED: {"feature", "shared_query"},
+    RECOMMENDED: {"feature"},
 }
+DECODER = ("decoder", "class_heads", "box_heads", "box_embedding")  # what a student may inherit
 
 
 class Scale(NamedTuple):
@@ -58,32 +58,29 @@ def train_student(setting: str, seed: int, directory: Path, scale: Scale, on_ste
         validation_images(),
         steps=scale.student_steps,
         seed=seed,
-        **what_joins(setting, lambda: ready_teacher(directory, scale)),
+        **prepare(setting, model, None if setting == ALONE else ready_teacher(directory, scale)),
         on_step=on_step,
     )
     torch.save(model.state_dict(), weights_file(directory, setting, seed))
     return history
 
 
-def what_joins(setting: str, teacher: Callable[[], Teacher]) -> dict[str, Any]:
-    """Return the options of a training: teacher, criterion, and what the weights of its terms follow.
+def prepare(setting: str, student: TinyDETR, teacher: Teacher | None) -> dict[str, Any]:
+    """Let a student begin as the setting wants it, and return the options of its training.
 
-    The recommended preset asks for a quarter of the teacher's queries, and lets its weights fall; all others have the
-    preset of the paper, or a part of it, with constant weights.
+    The recommended student begins with the teacher's decoder, and what it learns from features fades along a cosine.
+    The others begin at random, with the losses of the paper, or a part of them, at constant weights.
     """
-    losses = SETTINGS[setting]
-    if not losses:
+    if teacher is None:
         return {}
-    criterion = dkl.DETRDistillationLoss("recommended" if setting == RECOMMENDED else "paper")
-    for name in set(criterion.terms) - losses:
+    if setting == RECOMMENDED:
+        dkl.inherit_weights(student, teacher.model, DECODER)
+        criterion = dkl.DETRDistillationLoss("recommended")
+        return {"teacher": teacher, "distillation": criterion, "schedule": dkl.WeightSchedule(criterion)}
+    criterion = dkl.DETRDistillationLoss("paper")
+    for name in set(criterion.terms) - SETTINGS[setting]:
         del criterion.terms[name]
-    if setting != RECOMMENDED:
-        return {"teacher": teacher(), "distillation": criterion}
-    return {
-        "teacher": replace(teacher(), share=0.25),
-        "distillation": criterion,
-        "schedule": dkl.WeightSchedule(criterion),
-    }
+    return {"teacher": teacher, "distillation": criterion}
 
 
 def training_images(scale: Scale) -> ShapeImages:

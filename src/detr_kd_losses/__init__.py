@@ -53,6 +53,7 @@ from detr_kd_losses.training.diagnostics import (
     positives_per_image,
 )
 from detr_kd_losses.training.geometry import Geometry
+from detr_kd_losses.training.inheritance import Inheritance, inherit_weights
 from detr_kd_losses.training.offline import OfflineTeacher
 from detr_kd_losses.training.pseudo_targets import add_pseudo_targets, pseudo_targets
 from detr_kd_losses.training.saving import PredictionWriter, save_predictions
@@ -77,6 +78,7 @@ __all__ = [
     "Geometry",
     "Heads",
     "HungarianDistillationLoss",
+    "Inheritance",
     "LogitsTerm",
     "LossMagnitude",
     "MaskDistillationLoss",
@@ -117,6 +119,7 @@ __all__ = [
     "feature_distillation_loss",
     "generalized_box_iou",
     "hungarian_distillation_loss",
+    "inherit_weights",
     "invert_assignment",
     "linear_sum_assignment",
     "linear_warmup",

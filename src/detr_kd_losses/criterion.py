@@ -32,9 +32,9 @@ class DETRDistillationLoss(OptionModule):
     Presets are lists of terms. ``"paper"``, the default, has the paper's losses, that of features relative to the
     teacher's: ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but
     with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(weight=20.0,
-    variant="official", relative=False), QueryGroupTerm()]``. ``"recommended"`` is what did best in our experiments:
-    ``[FeatureTerm(weight=60.0), SharedQueryTerm()]``, the latter for a quarter of the teacher's queries
-    (:func:`best_queries`); without a ``group`` it does not apply. Its weights are to follow a :class:`WeightSchedule`.
+    variant="official", relative=False), QueryGroupTerm()]``. ``"recommended"`` is what did best in our experiments,
+    ``[FeatureTerm(weight=60.0)]`` whose weight falls along a :class:`WeightSchedule`, in a student that begins with its
+    teacher's decoder where it fits (:func:`inherit_weights`).
     Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 5.0``. Weights are
     constant until you change them; in a long training let them fall (:class:`WeightSchedule`).
 

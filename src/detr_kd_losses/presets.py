@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -11,7 +11,6 @@ from detr_kd_losses.term import Term
 from detr_kd_losses.terms.features import FeatureTerm
 from detr_kd_losses.terms.logits import LogitsTerm
 from detr_kd_losses.terms.query_group import QueryGroupTerm
-from detr_kd_losses.terms.shared_queries import SharedQueryTerm
 
 __all__: list[str] = []
 
@@ -25,15 +24,15 @@ def preset_terms(
 ) -> list[Term]:
     """Return the terms of a preset, with a projection of features between models of different widths."""
     features = partial(FeatureTerm, student_channels, teacher_channels)
-    presets = {
+    presets: dict[Preset, Callable[[], list[Term]]] = {
         "paper": lambda: [LogitsTerm(), features(), QueryGroupTerm()],
         "official": lambda: [
             LogitsTerm(matching="joint"),
             features(weight=20.0, variant="official", relative=False),
             QueryGroupTerm(),
         ],
-        # Chosen on validation images of one small detector's training: docs/explanation/evidence.md.
-        "recommended": lambda: [features(weight=60.0), SharedQueryTerm()],
+        # Of the trainings in docs/explanation/evidence.md.
+        "recommended": lambda: [features(weight=60.0)],
     }
     validate_choice("preset", name, tuple(presets))
     return presets[name]()

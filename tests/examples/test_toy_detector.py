@@ -157,13 +157,14 @@ def test_the_query_group_teaches_the_student_and_not_the_teacher() -> None:
 def few_steps(setting: str) -> tuple[TinyDETR, train.History]:
     data, validation = shapes.make_shapes(20, 0), shapes.make_shapes(10, 1)
     student = tiny_detector(num_queries=6)
+    teacher = train.Teacher.from_model(tiny_detector(num_queries=10, seed=1), data)
     history = train.train(
         student,
         data,
         validation,
         steps=3,
         seed=0,
-        **runs.what_joins(setting, lambda: train.Teacher.from_model(tiny_detector(num_queries=10, seed=1), data)),
+        **runs.prepare(setting, student, None if setting == runs.ALONE else teacher),
         batch_size=8,
         evaluations=1,
     )

@@ -72,8 +72,9 @@ def loss_and_gradients(student, teacher, targets, preset="official", **options):
     losses = criterion(leaves, teacher, targets)
     sum(losses.values()).backward()
     assert set(losses) == set(criterion.names), "every term applies"
-    own = ("logits", "boxes", "features") if "logits" in criterion.terms else ("features",)
-    tensors = {name: getattr(leaves, name) for name in own}
-    tensors |= {f"group_{name}": tensor for name, tensor in leaves.group._asdict().items()}
+    tensors = {f"group_{name}": tensor for name, tensor in leaves.group._asdict().items()}
+    tensors |= {name: getattr(leaves, name) for name in ("logits", "boxes", "features")}
+    reached = {"logits": ("logits", "boxes"), "feature": ("features",), "query_group": ("group_logits", "group_boxes")}
+    tensors = {name: tensors[name] for term in criterion.terms for name in reached[term]}
     grads = {name: tensor.grad for name, tensor in tensors.items()}
     return {name: loss.detach() for name, loss in losses.items()}, grads
