@@ -81,6 +81,12 @@ def test_what_does_not_fit_is_left_and_named() -> None:
     assert found.inherited["decoder.layers.0.weight"] == "decoder.layers.1.weight"
 
 
+def test_a_part_without_tensors_has_nothing_to_give() -> None:
+    student, teacher = Detector(0), Detector(1)
+    student.neck = nn.Identity()
+    assert dkl.inherit_weights(student, teacher, ["neck"]) == dkl.Inheritance({}, ())
+
+
 def test_an_optimizer_that_knows_the_student_goes_on_with_it() -> None:
     student, teacher = Detector(0), Detector(1)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)

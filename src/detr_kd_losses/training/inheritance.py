@@ -77,13 +77,13 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, paths: Iterable[str]
     left: dict[str, None] = {}
     for path in paths:
         names = [name for name in own if not path or name == path or name.startswith(f"{path}.")]
-        if not names:
+        if not names and path not in dict(student.named_modules(remove_duplicate=False)):
             parts = ", ".join(name for name, _ in student.named_children())
             msg = f"`paths` must name parts of the student, which has {parts}, got {path!r}"
             raise ValueError(msg)
         sources = {name: _name_in_teacher(name, student, teacher) for name in names}
         fitting = {name: other for name, other in sources.items() if _fits(own[name], others.get(other))}
-        if not fitting:
+        if names and not fitting:
             msg = f"`paths` must name parts that the teacher has, too, with tensors of the same shapes, got {path!r}"
             raise ValueError(msg)
         inherited |= fitting
