@@ -34,6 +34,30 @@ LIBREYOLO = {  # of the package libreyolo, in the folder where it was installed
 }
 MAINS = ("detr", "conditional", "deformable", "dab", "dn", "dino")
 KINDS = (*LINEAGE, *LIBREYOLO, *MAINS)
+# What follows the encoder: all that a student may inherit of its decoder, as far as a model has it.
+AFTER_THE_ENCODER = {
+    **dict.fromkeys((*LINEAGE, *LIBREYOLO), ("decoder",)),
+    **dict.fromkeys(
+        MAINS,
+        (
+            "transformer.decoder",
+            "transformer.reference_points",
+            "transformer.tgt_embed",
+            "transformer.enc_output",
+            "transformer.enc_output_norm",
+            "transformer.enc_out_bbox_embed",
+            "transformer.enc_out_class_embed",
+            "transformer.pos_trans",
+            "transformer.pos_trans_norm",
+            "query_embed",
+            "refpoint_embed",
+            "tgt_embed",
+            "label_enc",
+            "class_embed",
+            "bbox_embed",
+        ),
+    ),
+}
 SMALL = "--device cpu --enc_layers 1 --dec_layers 3 --num_queries 20 --dropout 0"
 
 

@@ -31,7 +31,7 @@ from detr_kd_losses.training.diagnostics import loss_magnitudes
 
 from support.package_models import PACKAGES
 from support.real_trainers import targets
-from support.repository_models import KINDS, Subject, build_subject
+from support.repository_models import AFTER_THE_ENCODER, KINDS, Subject, build_subject
 from support.torchvision_on_cpu import import_torchvision
 
 STEPS = 25  # of distillation
@@ -74,6 +74,22 @@ def look(subject: Subject) -> dict[str, str]:
         "teacher = student": f"{max(equal.values()).item():.0e}",
         "distributions": "no" if output.distributions is None else "yes",
     }
+
+
+def inherited(subject: Subject, kind: str) -> dict[str, str]:
+    """Whether what follows the encoder, with what comes before it, is the whole of another model."""
+    student, teacher = (fresh(subject, seed).eval() for seed in range(2))
+    modules = dict(student.named_modules(remove_duplicate=False))
+    found = dkl.inherit_weights(student, teacher, [part for part in AFTER_THE_ENCODER[kind] if part in modules])
+    missing = [name for name in student.state_dict() if name not in found.inherited]
+    before = ("backbone.", "encoder.", "input_proj.", "transformer.encoder.", "transformer.level_embed")
+    dkl.inherit_weights(student, teacher, [name for name in missing if name.startswith(before)])
+    answers = []
+    for model in (student, teacher):
+        with torch.no_grad(), Tap(model) as tap:
+            subject.call(model)
+        answers.append((tap.output().logits, tap.output().boxes))
+    return {"inherited": f"{len(found.inherited)} tensors", "with all before them": f"{worst(*answers):.0e}"}
 
 
 def fresh(subject: Subject, seed: int) -> nn.Module:
@@ -208,6 +224,7 @@ def main() -> None:
     subject = PACKAGES[kind]() if kind in PACKAGES else build_subject(kind, options)
     if kind not in PACKAGES:  # whose own tests look
         show(shown, look(subject))
+        show(shown, inherited(subject, kind))
     if subject.loss is not None:
         lesson = Lesson(subject, arguments.lessons)
         learned = {"teacher": f"{lesson.before:.3g} -> {lesson.after:.3g}", "lower": lesson.fall()}
