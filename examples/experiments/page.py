@@ -25,7 +25,7 @@ from experiments.comparison import (
 )
 from experiments.plot import Line, line_plot
 from experiments.rows import RESULTS, Row, Run, read_rows
-from experiments.settings import SETTINGS
+from experiments.settings import RECOMMENDED, SETTINGS
 from experiments.tables import TABLES
 from experiments.worlds import WORLDS
 
@@ -35,13 +35,7 @@ NO_ROWS = "*No rows yet.*"
 COLUMNS = ("setting", "seeds", "AP", "test AP", "test AP50", "gain", "time", "gain at equal time")
 GRADIENT_COLUMNS = ("setting", "term", "share of the gradient, in %", "cosine to the detection loss's")
 MOMENTS = (1, 3, 5)  # after a tenth, a half and 19 twentieths of the training
-IN_FIGURES = (
-    ALONE,
-    "features, decayed",
-    "logits + features",
-    "logits + features, decayed",
-    "best queries + features, decayed",
-)
+IN_FIGURES = (ALONE, RECOMMENDED, "features x3, decayed", "paper", "official")
 
 
 class Evidence:
@@ -115,19 +109,33 @@ class Evidence:
     def teachers(self, name: str) -> str:
         """How good the teachers of a table are."""
         teachers = [row["teacher"] for run in self._runs(name, ALONE) for row in self._of(run) if row["teacher"]]
-        said = {
-            teacher["name"]: f"{teacher['ap']:.1f} AP, {teacher['test_ap']:.1f} on the test images, after "
-            f"{teacher['seconds']:.0f} s"
-            for teacher in teachers
-        }
+        said: dict[
+            str, dict[str, str]
+        ] = {}  # by name, then by digest: on another machine a recipe gives another teacher
+        for each in teachers:
+            facts = f"{each['ap']:.1f} AP, {each['test_ap']:.1f} on the test images, after {each['seconds']:.0f} s"
+            said.setdefault(each["name"], {})[each["digest"]] = facts
         names = {name: "The teacher" if name == "teacher" else f'The teacher "{name}"' for name in said}
-        return " ".join(f"{names[name]} has {fact}." for name, fact in said.items())
+        return " ".join(
+            f"{names[name]}{', made anew for some rows,' * (len(facts) > 1)} has {'; and '.join(facts.values())}."
+            for name, facts in said.items()
+        )
 
     def gain(self, name: str, setting: str, other: str = ALONE) -> str:
         """How far a setting of a table is above another in test AP."""
         table = TABLES[name]
         found = gain(self._rows, Run(table.world, setting, table.steps[0], 0), other)
-        return "no rows yet" if found is None else f"{difference(found)} AP ({found.count} seeds)"
+        return (
+            "no rows yet" if found is None else f"{difference(found)} AP ({found.count} seed{'s' * (found.count > 1)})"
+        )
+
+    def recommended(self) -> str:
+        """The name of the setting that is the preset."""
+        return RECOMMENDED
+
+    def time(self, setting: str) -> str:
+        """What a step takes beside one of the student alone."""
+        return f"{self._relative_time[setting]:.2f}" if setting in self._relative_time else "a time not measured"
 
     def provenance(self) -> str:
         """What the rows were made with. Each has its own command and commit."""
@@ -221,7 +229,10 @@ def filled(template: str, answer: Callable[..., str]) -> str:
         name, _, arguments = marker[1].partition(" ")
         return answer(name, *(arguments.split(" | ") if arguments else ()))
 
-    return re.sub(r"\{\{(.*?)\}\}", replaced, template)
+    innermost = r"\{\{([^{}]*)\}\}"
+    while re.search(innermost, template):
+        template = re.sub(innermost, replaced, template)
+    return template
 
 
 def pieces(results: Path = RESULTS) -> dict[str, str]:
