@@ -109,9 +109,7 @@ class Evidence:
     def teachers(self, name: str) -> str:
         """How good the teachers of a table are."""
         teachers = [row["teacher"] for run in self._runs(name, ALONE) for row in self._of(run) if row["teacher"]]
-        said: dict[
-            str, dict[str, str]
-        ] = {}  # by name, then by digest: on another machine a recipe gives another teacher
+        said: dict[str, dict[str, str]] = {}  # by digest, too: on another machine a recipe gives another teacher
         for each in teachers:
             facts = f"{each['ap']:.1f} AP, {each['test_ap']:.1f} on the test images, after {each['seconds']:.0f} s"
             said.setdefault(each["name"], {})[each["digest"]] = facts
@@ -125,9 +123,9 @@ class Evidence:
         """How far a setting of a table is above another in test AP."""
         table = TABLES[name]
         found = gain(self._rows, Run(table.world, setting, table.steps[0], 0), other)
-        return (
-            "no rows yet" if found is None else f"{difference(found)} AP ({found.count} seed{'s' * (found.count > 1)})"
-        )
+        if found is None:
+            return "no rows yet"
+        return f"{difference(found)} AP ({found.count} seed{'s' * (found.count > 1)})"
 
     def recommended(self) -> str:
         """The name of the setting that is the preset."""

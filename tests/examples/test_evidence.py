@@ -97,6 +97,10 @@ def test_a_marker_is_replaced_by_what_its_function_says() -> None:
     )
 
 
+def test_a_marker_may_have_another_as_its_argument() -> None:
+    assert page.filled("{{gain main | {{recommended}}}}", lambda *words: "/".join(words)) == "gain/main/recommended"
+
+
 def test_a_figure_has_each_line_and_no_label_on_another() -> None:
     lines = [plot.Line(name, [(1000, y, 1.0), (2000, y + 1, 0.5)]) for name, y in (("first", 50.0), ("second", 50.1))]
     svg = ElementTree.fromstring(plot.line_plot("AP", "steps", lines, (1000, 2000)))
