@@ -160,6 +160,7 @@ def test_refuses_what_has_no_terms() -> None:
     ("schedule", "progress", "message"),
     [
         (cosine_decay, 2, r"`progress` must be in \[0, 1\], got 2"),
+        (lambda progress: 1.0, -0.1, r"`progress` must be in \[0, 1\], got -0.1"),
         (lambda progress: -progress, 0.5, r"`schedules\['other'\]` must give a factor >= 0, got -0.5 at 0.5"),
         (lambda progress: math.nan, 0.5, r"`schedules\['other'\]` must give a factor >= 0, got nan at 0.5"),
         (lambda progress: math.inf, 0.5, r"`schedules\['other'\]` must give a factor >= 0, got inf at 0.5"),
@@ -167,9 +168,11 @@ def test_refuses_what_has_no_terms() -> None:
 )
 def test_a_bad_factor_changes_no_weight(schedule: Callable[[float], float], progress: float, message: str) -> None:
     criterion = two_terms()
-    follower = WeightSchedule(criterion, {"one": stop_at_once, "other": schedule})
-    with pytest.raises(ValueError, match=message):
-        follower.update(progress)
+    follower = WeightSchedule(criterion, {"other": schedule})
+    with_another = WeightSchedule(criterion, {"one": stop_at_once, "other": schedule})
+    for each in (follower, with_another):
+        with pytest.raises(ValueError, match=message):
+            each.update(progress)
     assert weights_of(criterion) == {"one": 20.0, "other": 0.5}
 
 
