@@ -19,13 +19,23 @@ from train import endless_batches, evaluate, learning_rate_factor
 
 import detr_kd_losses as dkl
 from detr_kd_losses.taps import Tap
-from experiments.controls import send_best_queries
+from experiments.controls import begin_with_decoder, send_best_queries
 from experiments.rows import Row, Run
 from experiments.settings import SETTINGS, Setting
 from experiments.training import TeacherOf, keep_teacher, rounded, teacher_facts, teacher_file, weight_schedule
 from experiments.worlds import TEST, VALIDATION, WORLDS, held_out_images, training_images
 
 BATCH_SIZE, LEARNING_RATE, SHARE = 16, 1e-3, 0.25
+DECODER = (  # as far as a family has it
+    "model.decoder",
+    "model.decoder_input_proj",
+    "model.enc_output",
+    "model.enc_score_head",
+    "model.enc_bbox_head",
+    "model.denoising_class_embed",
+    "class_embed",
+    "bbox_embed",
+)
 STAGES = ["stage2", "stage3", "stage4"]
 BACKBONES = {
     "RT-DETR": lambda widths: transformers.RTDetrResNetConfig(
@@ -162,8 +172,11 @@ def step_loss(
 
 def share_of(setting: Setting) -> float:
     """Return how many of the teacher's queries a setting sends."""
-    if setting.change not in (None, send_best_queries) or setting.begin is not None:
-        msg = "`setting` must send all queries of the teacher or the surest: no other change is made for these models"
+    if setting.change not in (None, send_best_queries) or setting.begin not in (None, begin_with_decoder):
+        msg = (
+            "`setting` must send all queries of the teacher or the surest, and begin at random or with its decoder: no "
+            "other change is made for these models"
+        )
         raise ValueError(msg)
     return 1.0 if setting.change is None else SHARE
 
@@ -174,6 +187,9 @@ def train_student(run: Run, cache: Path, on_step: Callable[[], None]) -> Row:
     torch.manual_seed(run.seed)
     model = build(world.family, world.student)
     teacher = ready_teacher(run.world, setting.teacher, cache) if setting.needs_teacher else None
+    if setting.begin is begin_with_decoder:
+        parts = dict(model.named_modules())
+        dkl.inherit_weights(model, teacher, [part for part in DECODER if part in parts])
     curve, seconds = train(model, (run.world, run.steps, run.seed), setting, teacher, on_step)
     test_ap, test_ap50 = evaluate(Detector(model), held_out_images(run.world, TEST))
     return {

@@ -207,6 +207,7 @@ SETTINGS = {
     "own group, decayed": Setting(decayed(own_group()), change=send_own_group),
     "teacher's queries at the beginning": Setting({}, begin=begin_with_queries),
     "teacher's decoder at the beginning": Setting({}, begin=begin_with_decoder),
+    "teacher's decoder at the beginning; features, decayed": Setting(decayed(features()), begin=begin_with_decoder),
     "teacher's decoder at the beginning; features x3, decayed": Setting(
         decayed(features(weight=60.0)), begin=begin_with_decoder
     ),

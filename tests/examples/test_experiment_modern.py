@@ -14,7 +14,7 @@ from experiments import modern, rows, run, tables, training, worlds
 from experiments.settings import SETTINGS
 
 KIND = {"width": 16, "layers": 2, "queries": 6, "backbone": [8, 16, 16]}
-FAMILIES = {"RT-DETR": tables.MODERN[:4], "D-FINE": tables.MODERN}
+FAMILIES = {"RT-DETR": tables.MODERN[:7], "D-FINE": tables.MODERN}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -63,6 +63,26 @@ def test_terms_join_the_models_own_loss(world: str) -> None:
             losses.append(modern.step_loss(student.train(), images, batch, tap, criterion, modern.share_of(setting)))
         assert (losses[0] == losses[1]) == (weight == 0)
         assert all(loss.isfinite() for loss in losses)
+
+
+def test_a_student_begins_with_the_decoder_of_its_teacher(
+    world: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = modern.build(world, KIND | {"queries": 10})
+    training.keep_teacher(training.TeacherOf(world, "teacher"), tmp_path, teacher, {"ap": 0.0})
+    seen = []
+
+    def stop(model: torch.nn.Module, *_: object) -> None:
+        seen.append(model)
+        raise InterruptedError
+
+    monkeypatch.setattr(modern, "train", stop)
+    with pytest.raises(InterruptedError):
+        modern.train_student(rows.Run(world, "teacher's decoder at the beginning", 1, 0), tmp_path, lambda: None)
+    (student,) = seen
+    own, others = student.state_dict(), teacher.state_dict()
+    assert all(torch.equal(own[name], others[name]) for name in own if name.startswith("model.decoder.layers"))
+    assert not all(torch.equal(own[name], others[name]) for name in own if name.startswith("model.backbone"))
 
 
 def test_other_changes_of_the_teacher_are_refused() -> None:
