@@ -261,7 +261,7 @@ def test_a_mistake_gets_an_error_that_names_it(change, message):
 
 
 def test_unknown_options():
-    with pytest.raises(ValueError, match="`preset` must be one of 'paper', 'official', got 'best'"):
+    with pytest.raises(ValueError, match="`preset` must be one of 'paper', 'official', 'recommended', got 'best'"):
         dkl.DETRDistillationLoss("best")
     with pytest.raises(ValueError, match="`stage_map` must be one of 'even', 'last', got 'first'"):
         dkl.LogitsTerm(stage_map="first")
