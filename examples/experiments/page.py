@@ -103,7 +103,8 @@ class Evidence:
             if run.setting != reference and found is not None:
                 by_verdict.setdefault(found.verdict, []).append(run.setting)
         known = [verdict for verdict in ("above", "not told apart", "below", "too few seeds") if verdict in by_verdict]
-        lines = [f"- {verdict.capitalize()}: {'; '.join(by_verdict[verdict])}." for verdict in known]
+        names = {verdict: ", ".join(f"*{name}*" for name in by_verdict[verdict]) for verdict in known}
+        lines = [f"- {verdict.capitalize()}: {names[verdict]}." for verdict in known]
         return "\n".join(lines)
 
     def teachers(self, name: str) -> str:
