@@ -123,10 +123,13 @@ class Evidence:
     def gain(self, name: str, setting: str, other: str = ALONE) -> str:
         """How far a setting of a table is above another in test AP."""
         table = TABLES[name]
-        found = gain(self._rows, Run(table.world, setting, table.steps[0], 0), other)
-        if found is None:
-            return "no rows yet"
-        return f"{difference(found)} AP ({found.count} seed{'s' * (found.count > 1)})"
+        return gained(gain(self._rows, Run(table.world, setting, table.steps[0], 0), other))
+
+    def equal_time(self, name: str, setting: str) -> str:
+        """How far a setting of a table is above the student alone that was trained for as much processor time."""
+        table = TABLES[name]
+        run, time = Run(table.world, setting, table.steps[0], 0), self._relative_time.get(setting)
+        return gained(None if time is None else gain_at_equal_time(self._rows, run, time))
 
     def recommended(self) -> str:
         """The name of the setting that is the preset."""
@@ -219,6 +222,13 @@ def percent(numbers: Sample) -> str:
 def difference(numbers: Sample) -> str:
     """Return the mean of a difference and two standard errors."""
     return f"{numbers.mean:+.1f} ± {numbers.two_errors:.1f}" if numbers.count > 1 else f"{numbers.mean:+.1f}"
+
+
+def gained(numbers: Sample | None) -> str:
+    """Return a difference in words."""
+    if numbers is None:
+        return "no rows yet"
+    return f"{difference(numbers)} AP ({numbers.count} seed{'s' * (numbers.count > 1)})"
 
 
 def filled(template: str, answer: Callable[..., str]) -> str:
