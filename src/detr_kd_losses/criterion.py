@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from detr_kd_losses._options import HEADS, OptionModule
-from detr_kd_losses._validation import validate_record
+from detr_kd_losses._validation import validate_record, validate_type
 from detr_kd_losses.heads import Activation, ClassMap, Heads
 from detr_kd_losses.outputs import DetectorOutput, Targets
 from detr_kd_losses.presets import Preset, preset_terms
@@ -154,6 +154,7 @@ def _by_name(terms: Preset | Iterable[Term] | Mapping[str, Term]) -> dict[str, T
     if isinstance(terms, str):
         terms = preset_terms(terms)
     if not isinstance(terms, Mapping):
+        validate_type("terms", terms, Iterable, "the name of a preset, terms, or terms by name")
         terms = list(terms)
         names = [re.sub("(?<!^)(?=[A-Z])", "_", type(term).__name__.removesuffix("Term")).lower() for term in terms]
         if len(set(names)) < len(names):

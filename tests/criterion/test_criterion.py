@@ -263,5 +263,9 @@ def test_a_mistake_gets_an_error_that_names_it(change, message):
 def test_unknown_options():
     with pytest.raises(ValueError, match="`preset` must be one of 'paper', 'official', 'recommended', got 'best'"):
         dkl.DETRDistillationLoss("best")
+    with pytest.raises(TypeError, match="`terms` must be the name of a preset, terms, or terms by name, got None"):
+        dkl.DETRDistillationLoss(None)
+    with pytest.raises(TypeError, match=r"(?s)`terms` must be the name of a preset, terms, .* of type FeatureTerm"):
+        dkl.DETRDistillationLoss(dkl.FeatureTerm())  # one term is not terms
     with pytest.raises(ValueError, match="`stage_map` must be one of 'even', 'last', got 'first'"):
         dkl.LogitsTerm(stage_map="first")
