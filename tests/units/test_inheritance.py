@@ -81,6 +81,13 @@ def test_what_does_not_fit_is_left_and_named() -> None:
     assert found.inherited["decoder.layers.0.weight"] == "decoder.layers.1.weight"
 
 
+def test_a_shared_head_is_that_of_the_last_layer() -> None:
+    student, teacher = Detector(0), Detector(1)
+    teacher.class_embed = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))  # a head for each layer
+    dkl.inherit_weights(student, teacher, ["class_embed"])
+    assert torch.equal(student.class_embed[0].weight, teacher.class_embed[2].weight)
+
+
 def test_a_part_without_tensors_has_nothing_to_give() -> None:
     student, teacher = Detector(0), Detector(1)
     student.neck = nn.Identity()
@@ -107,6 +114,7 @@ def test_other_dtypes_are_converted() -> None:
 @pytest.mark.parametrize(
     ("paths", "error", "message"),
     [
+        ([], ValueError, "`paths` must name at least one part of the student, got none"),
         (["decoder", "head"], ValueError, "parts of the student, which has backbone, decoder, .*, got 'head'"),
         (["decoder", "backbone.0"], ValueError, "parts that the teacher has, too, .* got 'backbone.0'"),
         (["decoder", "decod"], ValueError, "parts of the student, .* got 'decod'"),
@@ -122,5 +130,5 @@ def test_an_error_changes_nothing(paths: object, error: type[Exception], message
 
 
 def test_refuses_what_is_no_model() -> None:
-    with pytest.raises(TypeError, match=r"`teacher` must be an nn\.Module, got OrderedDict"):
+    with pytest.raises(TypeError, match=r"`teacher` must be a torch\.nn\.Module, got OrderedDict$"):
         dkl.inherit_weights(Detector(0), Detector(1).state_dict(), PARTS)

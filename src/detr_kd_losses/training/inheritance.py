@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detr_kd_losses._validation import validate_type
 from detr_kd_losses.stages import select_stages
 
 __all__ = ["Inheritance", "inherit_weights"]
@@ -37,7 +36,8 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, paths: Iterable[str]
     A decoder that is distilled by its features alone learns from nothing to read features that are the teacher's soon;
     one that begins as the teacher's can read them already. A tensor is copied where the teacher has one of the same
     name and shape. Of lists of layers that differ in length, layer `k` of the student has the teacher's layer that
-    teaches it (:func:`select_stages`, ``"even"``). Other tensors, such as heads of other classes, are left alone.
+    teaches it (:func:`select_stages`, ``"even"``). What layers of the student share is that of the last of them. Other
+    tensors, such as heads of other classes, are left alone.
 
     Args:
         student: The student, not wrapped; it is changed in place.
@@ -49,7 +49,7 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, paths: Iterable[str]
         An :class:`Inheritance`, to be looked at once.
 
     Raises:
-        ValueError: If the student has no part of such a name, or nothing of it fits.
+        ValueError: If no part is named, the student has none of such a name, or nothing of it fits.
         TypeError: If a model is no `nn.Module`, or `paths` is one name.
 
     Examples:
@@ -68,10 +68,16 @@ def inherit_weights(student: nn.Module, teacher: nn.Module, paths: Iterable[str]
         student inherit neck and heads.
     """
     for name, model in (("student", student), ("teacher", teacher)):
-        validate_type(name, model, nn.Module, "an nn.Module")
+        if not isinstance(model, nn.Module):
+            msg = f"`{name}` must be a torch.nn.Module, got {type(model).__name__}"
+            raise TypeError(msg)
     if isinstance(paths, str):
         msg = f"`paths` must be several names, got {paths!r}; write [{paths!r}]"
         raise TypeError(msg)
+    paths = list(paths)
+    if not paths:
+        msg = "`paths` must name at least one part of the student, got none"
+        raise ValueError(msg)
     own, others = _tensors(student), _tensors(teacher)
     inherited: dict[str, str] = {}
     left: dict[str, None] = {}
