@@ -73,6 +73,14 @@ class DistillationTrainer(RestoringTrainer):
         self._means: dict[str, float] = {}
         self._optimizer_has_stepped = True
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train, and leave the weights of the terms as they were, for whoever goes on with the same criterion."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if self.schedule is not None:
+                self.schedule.restore()
+
     def compute_loss(
         self,
         model: nn.Module,

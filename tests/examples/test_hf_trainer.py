@@ -173,11 +173,13 @@ def test_steps_do_not_leak_into_each_other(teacher: nn.Module, shapes: CocoDetec
 def test_schedule_stops_the_teacher(teacher: nn.Module, shapes: CocoDetection, tmp_path: Path) -> None:
     trainer = student_trainer(teacher, shapes, tmp_path, steps=4, options={"save_strategy": "no"})
     trainer.schedule = dkl.WeightSchedule(trainer.distillation, partial(stop_after, end=0.5))
+    weights = [term.weight for term in trainer.distillation.terms.values()]
     calls = []
     hook = teacher.register_forward_hook(lambda *_: calls.append(trainer.state.global_step))
     trainer.train()
     hook.remove()
     assert calls == [0, 1]
+    assert [term.weight for term in trainer.distillation.terms.values()] == weights, "for another training"
     assert [entry["step"] for entry in trainer.state.log_history if "loss_kd_class" in entry] == [1, 2]
 
 

@@ -110,6 +110,31 @@ def test_unless_told_otherwise_groups_stop_at_half_time_and_all_else_falls() -> 
     assert criterion.needs == {"features"}  # so that nobody runs the group any longer
 
 
+def test_another_training_begins_with_the_first_weights() -> None:
+    criterion = two_terms()
+    schedule = WeightSchedule(criterion, {"one": cosine_decay})
+    schedule.update(1.0)
+    criterion.terms["other"].weight = 3.0  # of no schedule
+    schedule.restore()
+    assert weights_of(criterion) == {"one": 20.0, "other": 3.0}
+
+
+def test_a_comparison_is_a_schedule() -> None:
+    criterion = two_terms()
+    schedule = WeightSchedule(criterion, lambda progress: progress < 0.5)
+    schedule.update(0.4)
+    assert weights_of(criterion) == {"one": 20.0, "other": 0.5}
+    schedule.update(0.6)
+    assert weights_of(criterion) == {"one": 0.0, "other": 0.0}
+
+
+def test_a_schedule_must_give_a_number() -> None:
+    criterion = two_terms()
+    with pytest.raises(TypeError, match=r"`schedules\['one'\]\(0.5\)` must be a number, got None"):
+        WeightSchedule(criterion, {"one": lambda progress: None}).update(0.5)
+    assert weights_of(criterion) == {"one": 20.0, "other": 0.5}
+
+
 def test_a_term_without_a_schedule_keeps_its_weight() -> None:
     criterion = two_terms()
     schedule = WeightSchedule(criterion, {"other": lambda progress: 2 * progress})

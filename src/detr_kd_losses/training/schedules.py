@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from detr_kd_losses._validation import validate_in_unit_interval, validate_terms
+from detr_kd_losses._validation import validate_in_unit_interval, validate_number, validate_terms
 
 __all__ = ["WeightSchedule", "cosine_decay", "linear_warmup", "stop_after"]
 
@@ -108,8 +108,8 @@ class WeightSchedule:
         schedule.update(epoch / epochs)
 
     It has no state but the first weights: a run that is resumed makes it anew, from the weights that it began with, and
-    goes on at its progress. A weight that is set in between is overwritten. A term has a schedule, or a share that
-    :class:`ShareController` holds.
+    goes on at its progress; :meth:`restore` sets them again, before another training with the same criterion. A weight
+    that is set in between is overwritten. A term has a schedule, or a share that :class:`ShareController` holds.
 
     Args:
         criterion: :class:`DETRDistillationLoss` or another Module, whose ``terms`` have the weights.
@@ -144,15 +144,25 @@ class WeightSchedule:
 
         Raises:
             ValueError: If it is not in [0, 1], or a factor is negative or not finite: then no weight changes.
+            TypeError: If a factor is no number.
         """
         validate_in_unit_interval("progress", progress)
-        factors = {name: float(schedule(progress)) for name, schedule in self.schedules.items()}
+        factors = {name: schedule(progress) for name, schedule in self.schedules.items()}
         for name, factor in factors.items():
+            if not isinstance(factor, bool):  # a comparison will do
+                validate_number(f"schedules[{name!r}]({progress!r})", factor)
             if not 0 <= factor < math.inf:
                 msg = f"`schedules[{name!r}]` must give a factor >= 0, got {factor!r} at {progress!r}"
                 raise ValueError(msg)
-        for name, factor in factors.items():
-            self._terms[name].weight = self.weights[name] * factor
+        self._set({name: self.weights[name] * float(factor) for name, factor in factors.items()})
+
+    def restore(self) -> None:
+        """Set the weights to those from which it began."""
+        self._set(self.weights)
+
+    def _set(self, weights: Mapping[str, float]) -> None:
+        for name, weight in weights.items():
+            self._terms[name].weight = weight
 
 
 def _first_half(progress: float) -> float:
