@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from model import Group, TinyDETR, grid_anchors
@@ -43,7 +43,7 @@ class OwnGroupTerm(FreshGroupTerm):
 class OwnGroup(Teacher):
     """A teacher that sends a term's queries in place of its own."""
 
-    term: OwnGroupTerm = field(kw_only=True)
+    term: OwnGroupTerm
 
     def group(self) -> Group:
         """Return the term's queries, which learn."""
@@ -70,14 +70,33 @@ class RandomQueries(Teacher):
         return output._replace(group=dkl.Predictions(logits, boxes))
 
 
+@dataclass
+class BestQueries(Teacher):
+    """A teacher that sends of its queries, for each image, only those which it is surest of."""
+
+    share: float = 0.25
+    index: Tensor | None = None
+
+    def group(self) -> Group:
+        """Return the queries of this step."""
+        queries, anchors, _ = self.model.own_group()
+        return Group(queries[self.index], anchors[self.index], self.index)
+
+    def batch(self, indices: Tensor) -> dkl.DetectorOutput:
+        """Return the cached outputs, and choose the queries."""
+        output = super().batch(indices)
+        self.index = dkl.best_queries(output.logits[-1], self.share)
+        return output
+
+
 def send_best_queries(teacher: Teacher, terms: Mapping[str, dkl.Term]) -> Teacher:  # noqa: ARG001
     """Let the student's decoder have a quarter of the teacher's queries."""
-    return replace(teacher, share=0.25)
+    return BestQueries(teacher.model, teacher.outputs)
 
 
 def send_own_group(teacher: Teacher, terms: Mapping[str, dkl.Term]) -> Teacher:
     """Let the student's decoder have a group of the student's own."""
-    return OwnGroup(teacher.model, teacher.outputs, term=terms["own_group"])
+    return OwnGroup(teacher.model, teacher.outputs, terms["own_group"])
 
 
 def send_random_queries(teacher: Teacher, terms: Mapping[str, dkl.Term]) -> Teacher:  # noqa: ARG001

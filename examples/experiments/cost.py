@@ -24,14 +24,8 @@ from experiments.worlds import all_images
 
 FILE = RESULTS / "cost.json"
 WORLD, STEPS, TURNS = "shapes", 8, 7
-MEASURED = (
-    "main",
-    "presets",
-    "demo, preset",
-    "demo, controls",
-    "demo, all",
-    "beginnings",
-)  # the tables whose settings are measured
+# The tables whose settings are measured.
+MEASURED = ("main", "presets", "demo, preset", "demo, controls", "demo, all", "beginnings")
 
 
 def main() -> None:

@@ -32,12 +32,10 @@ Histories = dict[str, dict[int, History]]  # by setting, then by seed
 
 @dataclass
 class Teacher:
-    """A trained detector, what it says about every training image, and how many of its queries the student is asked."""
+    """A trained detector, and what it says about every training image."""
 
     model: TinyDETR
     outputs: dkl.DetectorOutput
-    share: float = 1.0  # of the queries, for each image those of which it is surest
-    index: Tensor | None = field(default=None, init=False)  # which they are in the last batch; None: all
 
     @classmethod
     def from_model(cls, model: TinyDETR, data: ShapeImages) -> Teacher:
@@ -46,14 +44,11 @@ class Teacher:
 
     def group(self) -> Group:
         """Return the queries that the teacher sends along with the student's own."""
-        own = self.model.own_group()
-        return own if self.index is None else Group(own.queries[self.index], own.anchors[self.index], self.index)
+        return self.model.own_group()
 
     def batch(self, indices: Tensor) -> dkl.DetectorOutput:
-        """Return the cached outputs of some images, and choose the queries that are sent along."""
+        """Return the cached outputs of some images."""
         outputs = self.outputs
-        if self.share < 1:
-            self.index = dkl.best_queries(outputs.logits[-1, indices], self.share)
         return dkl.DetectorOutput(
             logits=outputs.logits[:, indices],
             boxes=outputs.boxes[:, indices],
