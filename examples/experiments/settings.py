@@ -86,6 +86,7 @@ decayed = partial(along, dkl.cosine_decay)
 first_half = partial(along, partial(dkl.stop_after, end=0.5))
 first_quarter = partial(along, partial(dkl.stop_after, end=0.25))
 second_half = partial(along, lambda progress: 1.0 - dkl.stop_after(progress, end=0.5))
+decayed_from_half = partial(along, lambda progress: dkl.cosine_decay(max(0.0, 2 * progress - 1)))
 positives = partial(logits, negatives="none")
 NO_BOXES = {"weight_bbox": 0.0, "weight_giou": 0.0}
 
@@ -112,6 +113,8 @@ SETTINGS = {
     "logits / 4, decayed": Setting(decayed(logits(weight=0.25))),
     "logits, joint, decayed": Setting(decayed(logits(matching="joint"))),
     "logits, through targets, decayed": Setting(decayed(logits(matching="targets"))),
+    "logits of positives, decayed": Setting(decayed(positives())),
+    "logits by confidence, decayed": Setting(decayed(logits(weighting="confidence"))),
     "assigned group, decayed": Setting(decayed(assigned_group())),
     "shared queries, decayed": Setting(decayed(shared_queries())),
     "shared queries, uniform, decayed": Setting(decayed(shared_queries(weighting="uniform"))),
@@ -213,6 +216,15 @@ SETTINGS = {
     ),
     "teacher's decoder at the beginning; features x6, decayed": Setting(
         decayed(features(weight=120.0)), begin=begin_with_decoder
+    ),
+    "teacher's decoder at the beginning; features x3, decayed from the half on": Setting(
+        decayed_from_half(features(weight=60.0)), begin=begin_with_decoder
+    ),
+    "teacher's decoder at the beginning; features x3 + plain features, pearson, decayed": Setting(
+        decayed(features(weight=60.0) | plain_features(distance="pearson")), begin=begin_with_decoder
+    ),
+    "teacher's decoder at the beginning; features x3 + logits, joint, decayed": Setting(
+        decayed(features(weight=60.0) | logits(matching="joint")), begin=begin_with_decoder
     ),
     "teacher's decoder and encoder at the beginning; features x3, decayed": Setting(
         decayed(features(weight=60.0)), begin=begin_with_transformer

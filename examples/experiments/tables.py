@@ -38,6 +38,34 @@ FIRST = (
     "logits through targets / 4 + features, decayed",
     "assigned group, decayed",
 )
+LOSSES = (  # one at a time
+    "alone",
+    "features, decayed",
+    "logits, decayed",
+    "logits, joint, decayed",
+    "logits, through targets, decayed",
+    "logits of positives, decayed",
+    "logits by confidence, decayed",
+    "features, not relative, decayed",
+    "features, official, decayed",
+    "features, normaliser of the paper, decayed",
+    "plain features, decayed",
+    "plain features, pearson, decayed",
+    "plain features, cosine, decayed",
+    "plain features, channel, decayed",
+    "assigned group, decayed",
+    "shared queries, decayed",
+    "shared queries, uniform, decayed",
+    "random queries, decayed",
+)
+BESIDE_OFFICIAL = (  # to be ahead of it at equal steps, too
+    RECOMMENDED,
+    "features, official, decayed",
+    "teacher's decoder and encoder at the beginning; features x3, decayed",
+    "teacher's decoder at the beginning; features x3, decayed from the half on",
+    "teacher's decoder at the beginning; features x3 + plain features, pearson, decayed",
+    "teacher's decoder at the beginning; features x3 + logits, joint, decayed",
+)
 CANDIDATES = (  # compared on validation images, to choose a preset
     "best queries + features, decayed",
     "features x3, decayed",
@@ -95,6 +123,12 @@ CONTROLS = (
     "teacher's boxes as labels",
     "features of other images, decayed",
     "logits of other images, decayed",
+    "teacher's boxes too",
+    "teacher's boxes too; features, decayed",
+    "a barely better teacher: features, decayed",
+    "a barely better teacher: logits + features, decayed",
+    "a student as teacher: features, decayed",
+    "a student as teacher: logits + features, decayed",
 )
 GROUPS = (
     "alone",
@@ -137,6 +171,7 @@ BEGINNINGS = (
 STUDENTS = ("alone", "features, decayed", "best queries + features, decayed")
 TABLES = {
     "demo": Table("demo", (600,), FIRST),
+    "demo, losses": Table("demo", (600,), LOSSES),
     "demo, equal time": Table("demo", (700, 1200), ("alone",)),
     "main": Table("shapes", (2000,), FIRST),
     "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
@@ -144,7 +179,8 @@ TABLES = {
     "demo, presets": Table("demo", (600,), PRESETS),
     "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
     "preset": Table("shapes", (2000,), CANDIDATES, seeds=2),
-    "curves": Table("shapes", (1000, 4000, 8000), LONG, seeds=3),
+    "beside official": Table("shapes", (2000,), BESIDE_OFFICIAL, seeds=2),
+    "curves": Table("shapes", (1000, 4000, 8000, 16000), ("alone", RECOMMENDED), seeds=3),
     "long": Table("shapes", (6000,), LONG, seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "demo, beginnings": Table("demo", (600,), BEGINNINGS, seeds=3),

@@ -62,7 +62,11 @@ TEACHERS = {
     "barely better": Recipe(STUDENT, steps=3000, seed=100),
     "a student": Recipe(STUDENT, steps=2000, seed=100),
 }
-DEMO_TEACHERS = {"teacher": Recipe(TEACHER, steps=1000)}
+DEMO_TEACHERS = {
+    "teacher": Recipe(TEACHER, steps=1000),
+    "barely better": Recipe(STUDENT, steps=700, seed=100),
+    "a student": Recipe(STUDENT, steps=600, seed=100),
+}
 MODERN_TEACHERS = {"teacher": Recipe({"width": 64, "layers": 3, "queries": 48, "backbone": [32, 64, 128]}, steps=3000)}
 MODERN_STUDENT = {"width": 64, "layers": 2, "queries": 16, "backbone": [16, 32, 64]}
 WORLDS = {
