@@ -81,6 +81,38 @@ def alone_at(rows: Mapping[Run, Row], world: str, seed: int, steps: float) -> fl
     return None
 
 
+def lengths(rows: Mapping[Run, Row], world: str, setting: str) -> list[int]:
+    """Return at which lengths a setting was trained, the shortest first."""
+    return sorted({run.steps for run in rows if (run.world, run.setting) == (world, setting)})
+
+
+def gain_of_twice(rows: Mapping[Run, Row], run: Run) -> Sample | None:
+    """Return what twice the steps bring, paired by seed, where there are rows of both."""
+    short, long = (of_setting(rows, run.world, run.setting, steps) for steps in (run.steps, 2 * run.steps))
+    return sample(long[seed]["test_ap"] - short[seed]["test_ap"] for seed in short if seed in long)
+
+
+def plateau(rows: Mapping[Run, Row], world: str, setting: str = ALONE, less_than: float = 1.0) -> int | None:
+    """Return the first length of which twice the steps bring less AP than that, or None where none is."""
+    for steps in lengths(rows, world, setting):
+        found = gain_of_twice(rows, Run(world, setting, steps, 0))
+        if found is not None and found.mean < less_than:
+            return steps
+    return None
+
+
+def steps_to(rows: Mapping[Run, Row], world: str, setting: str, ap: float) -> float | None:
+    """Return after how many steps the mean of a setting reaches a test AP, interpolated as in `alone_at`."""
+    known = [
+        (steps, statistics.fmean(row["test_ap"] for row in of_setting(rows, world, setting, steps).values()))
+        for steps in lengths(rows, world, setting)
+    ]
+    for (shorter, low), (longer, high) in pairwise(known):
+        if low < ap <= high:
+            return shorter * (longer / shorter) ** ((ap - low) / (high - low))
+    return None
+
+
 class TermGradient(NamedTuple):
     """What the gradient of a term is beside the others' at one moment of the training."""
 

@@ -18,10 +18,14 @@ from experiments.comparison import (
     cosine_between,
     gain,
     gain_at_equal_time,
+    gain_of_twice,
     gradient_of_term,
     instability_at,
+    lengths,
     of_setting,
+    plateau,
     sample,
+    steps_to,
 )
 from experiments.plot import Line, line_plot
 from experiments.rows import RESULTS, Row, Run, read_rows
@@ -120,6 +124,13 @@ class Evidence:
             for name, facts in said.items()
         )
 
+    def teacher_steps(self, name: str) -> str:
+        """How many steps of the student alone the training of the teachers of a table takes as long as."""
+        runs = self._runs(name, ALONE)
+        teachers = {row["teacher"]["digest"]: row["teacher"] for run in runs for row in self._of(run) if row["teacher"]}
+        of_step = sample(row["seconds"] / row["steps"] for run in runs for row in self._of(run) if run.setting == ALONE)
+        return f"{round(sample(each['seconds'] for each in teachers.values()).mean / of_step.mean, -2):,.0f}"
+
     def gain(self, name: str, setting: str, other: str = ALONE) -> str:
         """How far a setting of a table is above another in test AP."""
         table = TABLES[name]
@@ -130,6 +141,36 @@ class Evidence:
         table = TABLES[name]
         run, time = Run(table.world, setting, table.steps[0], 0), self._relative_time.get(setting)
         return gained(None if time is None else gain_at_equal_time(self._rows, run, time))
+
+    def lengths(self, world: str) -> str:
+        """The student alone and the recommended setting at each length at which both were trained."""
+        lines = ["| steps | alone | recommended | gain | seeds | twice the steps, alone |", "|---|---|---|---|---|---|"]
+        for steps in lengths(self._rows, world, ALONE):
+            alone, own = (Run(world, setting, steps, 0) for setting in (ALONE, RECOMMENDED))
+            found, twice = gain(self._rows, own), gain_of_twice(self._rows, alone)
+            if found is not None:
+                aps = " | ".join(spread(self._sample(run, "test_ap")) for run in (alone, own))
+                more = "" if twice is None else difference(twice)
+                lines.append(f"| {steps:,} | {aps} | {difference(found)} | {found.count} | {more} |")
+        return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+
+    def plateau(self, world: str) -> str:
+        """What is gained where twice the steps bring less than 1 AP, and how soon the recommended setting is there."""
+        steps = plateau(self._rows, world)
+        if steps is None:
+            return "At no length here is the student alone at its plateau."
+        alone = Run(world, ALONE, steps, 0)
+        found = gain(self._rows, alone._replace(setting=RECOMMENDED))
+        reached = self._sample(alone, "test_ap").mean
+        words = [
+            f"The student alone is at its plateau, where twice the steps bring less than 1 AP, after {steps:,} steps: "
+            f"{reached:.1f} AP; recommended {gained(found)}."
+        ]
+        sooner = steps_to(self._rows, world, RECOMMENDED, reached)
+        if sooner is not None:
+            share = sooner * self._relative_time[RECOMMENDED] / steps
+            words.append(f"This has that AP after about {sooner:,.0f} steps, {100 * share:.0f} % of the time.")
+        return " ".join(words)
 
     def recommended(self) -> str:
         """The name of the setting that is the preset."""
@@ -160,7 +201,7 @@ class Evidence:
             if name in self._relative_time
         ]
         return {
-            "evidence-steps.svg": line_plot("Test AP", "training steps", lines, (1000, 2000, 4000, 8000)),
+            "evidence-steps.svg": line_plot("Test AP", "training steps", lines, (1000, 2000, 4000, 8000, 16000)),
             "evidence-time.svg": line_plot("Test AP", "minutes of processor time", minutes, (1, 2, 4, 8, 16)),
         }
 
@@ -199,8 +240,8 @@ class Evidence:
 
     def _points(self, setting: str) -> list[tuple[float, float, float]]:
         """Length, test AP and two standard errors of a setting in the world of exact labels."""
-        lengths = sorted({run.steps for run in self._rows if (run.world, run.setting) == ("shapes", setting)})
-        found = [(steps, self._sample(Run("shapes", setting, steps, 0), "test_ap")) for steps in lengths]
+        known = lengths(self._rows, "shapes", setting)
+        found = [(steps, self._sample(Run("shapes", setting, steps, 0), "test_ap")) for steps in known]
         return [(steps, own.mean, own.two_errors if own.count > 1 else 0.0) for steps, own in found]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from experiments import check, comparison, page, plot, rows, training, worlds
+from experiments.settings import RECOMMENDED
 
 # --------------------------------------------------------------------------------------------------------- comparison
 
@@ -49,6 +52,25 @@ def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
     assert comparison.gain_at_equal_time(made_rows(values), run, relative_time=5.0) is None
 
 
+def test_a_plateau_is_where_twice_the_steps_bring_less_than_1_ap() -> None:
+    values = {("alone", 1000, 0): 40.0, ("alone", 2000, 0): 50.0, ("alone", 2000, 1): 52.0, ("alone", 3000, 0): 50.1}
+    values |= {("alone", 4000, 0): 52.0, ("alone", 4000, 1): 52.5}  # 1.25 more than half of it
+    assert comparison.gain_of_twice(made_rows(values), rows.Run("shapes", "alone", 2000, 0)).mean == 1.25
+    assert comparison.plateau(made_rows(values), "shapes") is None  # 3,000 steps have no 6,000 beside them
+    values |= {("alone", 8000, 0): 52.5, ("alone", 8000, 1): 53.9, ("alone", 16000, 0): 52.5}
+    assert comparison.plateau(made_rows(values), "shapes") == 4000
+    assert comparison.plateau(made_rows(values), "shapes", less_than=0.5) == 8000
+    assert comparison.plateau(made_rows(values), "shapes", "features") is None
+
+
+def test_steps_to_an_ap_are_interpolated_in_the_logarithm() -> None:
+    values = {("better", 1000, 0): 40.0, ("better", 1000, 1): 42.0, ("better", 4000, 0): 51.0}
+    assert comparison.steps_to(made_rows(values), "shapes", "better", 46.0) == pytest.approx(2000)
+    assert comparison.steps_to(made_rows(values), "shapes", "better", 51.0) == pytest.approx(4000)
+    assert comparison.steps_to(made_rows(values), "shapes", "better", 51.1) is None
+    assert comparison.steps_to(made_rows(values), "shapes", "better", 40.0) is None  # before the shortest
+
+
 def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
     norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
     cosines = {"detection": [1.0, 1.0], "logits": [0.5, 0.25], "feature": [0.0, -0.5]}
@@ -88,6 +110,23 @@ def test_settings_are_what_they_were_when_their_rows_were_made() -> None:
     for setting, losses in made.items():
         found = training.fingerprint(setting)
         assert found == pytest.approx(losses, rel=1e-3, abs=1e-6), f"{setting} has changed since its rows were made"
+
+
+def test_the_page_says_what_is_gained_at_the_plateau_and_how_soon(tmp_path: Path) -> None:
+    values = {("alone", 1000): 40.0, ("alone", 2000): 50.0, ("alone", 4000): 50.5}
+    values |= {(RECOMMENDED, 1000): 48.0, (RECOMMENDED, 2000): 52.0, (RECOMMENDED, 4000): 52.0}
+    for (setting, steps), ap in values.items():
+        for seed in (0, 1):
+            run = rows.Run("shapes", setting, steps, seed)
+            rows.append_row({**run._asdict(), "test_ap": ap + seed}, tmp_path)
+    (tmp_path / "cost.json").write_text(json.dumps({"relative": {RECOMMENDED: 1.25}}))
+    evidence = page.Evidence(tmp_path)
+    said = evidence.plateau("shapes")
+    assert "after 2,000 steps: 50.5 AP; recommended +2.0 ± 0.0 AP (2 seeds)." in said
+    assert "after about 1,414 steps, 88 % of the time." in said  # half of the way, 1.25 times as long a step
+    assert "| 2,000 | 50.5 ± 0.7 | 52.5 ± 0.7 | +2.0 ± 0.0 | 2 | +0.5 ± 0.0 |" in evidence.lengths("shapes")
+    assert evidence.plateau("digits") == "At no length here is the student alone at its plateau."
+    assert evidence.lengths("digits") == page.NO_ROWS
 
 
 def test_a_marker_is_replaced_by_what_its_function_says() -> None:
