@@ -180,7 +180,7 @@ TABLES = {
     "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
     "preset": Table("shapes", (2000,), CANDIDATES, seeds=2),
     "beside official": Table("shapes", (2000,), BESIDE_OFFICIAL, seeds=2),
-    "curves": Table("shapes", (1000, 4000, 8000, 16000), ("alone", RECOMMENDED), seeds=3),
+    "curves": Table("shapes", (1000, 4000, 8000, 16000), ("alone", RECOMMENDED, "features x3, decayed"), seeds=3),
     "long": Table("shapes", (6000,), LONG, seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "demo, beginnings": Table("demo", (600,), BEGINNINGS, seeds=3),
