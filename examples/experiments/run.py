@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--setting", action="append", help="these settings alone")
     parser.add_argument("--seed", type=int, action="append", help="these seeds alone, others than a table's, too")
+    parser.add_argument("--steps", type=int, action="append", help="these lengths alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained teachers")
     arguments = parser.parse_args()
@@ -47,19 +48,21 @@ def main() -> None:
     done = read_rows(WORLDS, arguments.results)
     missing: dict[Run, str] = {}  # and the table that asks for it first
     for name in arguments.tables:
-        for run in wanted_runs(name, arguments.setting, arguments.seed):
+        for run in wanted_runs(name, arguments.setting, arguments.steps, arguments.seed):
             if run not in done:
                 missing.setdefault(run, name)
     runs = sorted(missing, key=lambda run: run.seed)
     do_runs(runs, missing, workers=arguments.workers, results=arguments.results, cache=arguments.cache)
 
 
-def wanted_runs(table: str, settings: list[str] | None, seeds: list[int] | None) -> list[Run]:
+def wanted_runs(
+    table: str, settings: list[str] | None = None, steps: list[int] | None = None, seeds: list[int] | None = None
+) -> list[Run]:
     """Return the runs of a table, or a part of them, or the same with other seeds."""
     runs = list(TABLES[table].runs())
     if seeds is not None:
         runs = [run._replace(seed=seed) for seed in seeds for run in runs if run.seed == 0]
-    return [run for run in runs if settings is None or run.setting in settings]
+    return [run for run in runs if run.setting in (settings or [run.setting]) and run.steps in (steps or [run.steps])]
 
 
 def show_what_is_missing(results: Path) -> None:
@@ -148,7 +151,7 @@ def end_with_parent() -> None:
 
 def command_of(table: str, run: Run) -> str:
     """Return what repeats a row."""
-    return f'python -m experiments.run "{table}" --setting "{run.setting}" --seed {run.seed}'
+    return f'python -m experiments.run "{table}" --setting "{run.setting}" --steps {run.steps} --seed {run.seed}'
 
 
 def provenance() -> Row:

@@ -60,6 +60,17 @@ def test_the_runner_goes_on_where_it_was_stopped(
     assert "100%, 0 min left" in capsys.readouterr().out
 
 
+def test_a_part_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tables.TABLES, "small", tables.Table("demo", (2, 4), ("alone", "features"), seeds=2))
+    assert len(run.wanted_runs("small")) == 8
+    assert run.wanted_runs("small", ["features"], [4], [1, 7]) == [
+        rows.Run("demo", "features", 4, 1),
+        rows.Run("demo", "features", 4, 7),
+    ]
+    (only,) = run.wanted_runs("small", ["features"], [4], [7])
+    assert run.command_of("small", only).endswith('run "small" --setting "features" --steps 4 --seed 7')
+
+
 def test_a_missing_teacher_is_trained_before_the_first_run_that_needs_it(small_world: Path, tmp_path: Path) -> None:
     taught, alone = RUN._replace(setting="features"), RUN
     assert run.with_teachers([alone, taught], small_world) == [alone, taught]
