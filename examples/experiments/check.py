@@ -13,10 +13,10 @@ from scipy.stats import t
 from experiments.comparison import ALONE, Sample, of_setting, sample
 from experiments.rows import Run, read_rows
 from experiments.run import CACHE, do_runs
-from experiments.settings import RECOMMENDED
+from experiments.settings import WITH_DECODER
 from experiments.tables import TABLES
 
-TABLE, SETTINGS, SEED = "demo, presets", (ALONE, RECOMMENDED), 1000
+TABLE, SETTINGS, SEED = "demo, presets", (ALONE, WITH_DECODER), 1000
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from experiments.comparison import (
 )
 from experiments.plot import Line, line_plot
 from experiments.rows import RESULTS, Row, Run, read_rows
-from experiments.settings import RECOMMENDED, SETTINGS
+from experiments.settings import RECOMMENDED, SETTINGS, WITH_DECODER
 from experiments.tables import TABLES
 from experiments.worlds import WORLDS
 
@@ -39,7 +39,7 @@ NO_ROWS = "*No rows yet.*"
 COLUMNS = ("setting", "seeds", "AP", "test AP", "test AP50", "gain", "time", "gain at equal time")
 GRADIENT_COLUMNS = ("setting", "term", "share of the gradient, in %", "cosine to the detection loss's")
 MOMENTS = (1, 3, 5)  # after a tenth, a half and 19 twentieths of the training
-IN_FIGURES = (ALONE, RECOMMENDED, "features x3, decayed", "paper", "official")
+IN_FIGURES = (ALONE, RECOMMENDED, WITH_DECODER, "paper", "official")
 
 
 class Evidence:
@@ -143,15 +143,20 @@ class Evidence:
         return gained(None if time is None else gain_at_equal_time(self._rows, run, time))
 
     def lengths(self, world: str) -> str:
-        """The student alone and the recommended setting at each length at which both were trained."""
-        lines = ["| steps | alone | recommended | gain | seeds | twice the steps, alone |", "|---|---|---|---|---|---|"]
+        """The student alone at each length, what twice the steps bring it, and what the recommended settings do."""
+        lines = [
+            "| steps | alone | recommended | gain | with the decoder | gain | twice the steps, alone |",
+            "|---" * 7 + "|",
+        ]
         for steps in lengths(self._rows, world, ALONE):
-            alone, own = (Run(world, setting, steps, 0) for setting in (ALONE, RECOMMENDED))
-            found, twice = gain(self._rows, own), gain_of_twice(self._rows, alone)
-            if found is not None:
-                aps = " | ".join(spread(self._sample(run, "test_ap")) for run in (alone, own))
-                more = "" if twice is None else difference(twice)
-                lines.append(f"| {steps:,} | {aps} | {difference(found)} | {found.count} | {more} |")
+            alone, *others = (Run(world, setting, steps, 0) for setting in (ALONE, RECOMMENDED, WITH_DECODER))
+            cells = [self._spread(alone, "test_ap")]
+            for run in others:
+                found = gain(self._rows, run)
+                cells += ["", ""] if found is None else [self._spread(run, "test_ap"), difference(found)]
+            twice = gain_of_twice(self._rows, alone)
+            if any(cells[1:]):
+                lines.append(f"| {steps:,} | {' | '.join(cells)} | {'' if twice is None else difference(twice)} |")
         return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
     def plateau(self, world: str) -> str:
@@ -175,6 +180,10 @@ class Evidence:
     def recommended(self) -> str:
         """The name of the setting that is the preset."""
         return RECOMMENDED
+
+    def with_decoder(self) -> str:
+        """The name of the setting that is the preset in a student that begins with its teacher's decoder."""
+        return WITH_DECODER
 
     def time(self, setting: str) -> str:
         """What a step takes beside one of the student alone."""
@@ -217,6 +226,9 @@ class Evidence:
     def _sample(self, run: Run, field: str) -> Sample:
         return sample(row[field] for row in self._of(run))
 
+    def _spread(self, run: Run, field: str) -> str:
+        return spread(self._sample(run, field))
+
     def _cells(self, run: Run, reference: str) -> list[str]:
         """A setting as the cells of a line."""
         found = None if run.setting == reference else gain(self._rows, run, reference)
@@ -225,7 +237,7 @@ class Evidence:
         return [
             run.setting,
             str(len(self._of(run))),
-            *(spread(self._sample(run, field)) for field in ("ap", "test_ap", "test_ap50")),
+            *(self._spread(run, field) for field in ("ap", "test_ap", "test_ap50")),
             "" if found is None else difference(found),
             "" if time is None else f"{time:.2f}",
             "" if equal is None else difference(equal),

@@ -96,7 +96,8 @@ def probe(term: Callable[..., dkl.Term], **options: Any) -> Parts:
     return _part("logits", term, negatives="none", **options)
 
 
-RECOMMENDED = "teacher's decoder at the beginning; features x3, decayed"  # the preset, as a row has it
+RECOMMENDED = "features x3, decayed"  # the preset, as a row has it
+WITH_DECODER = "teacher's decoder at the beginning; features x3, decayed"  # what is advised for a short training
 SETTINGS = {
     "alone": Setting({}),
     # One loss.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from experiments.rows import Run
-from experiments.settings import RECOMMENDED
+from experiments.settings import RECOMMENDED, WITH_DECODER
 
 
 class Table(NamedTuple):
@@ -60,6 +60,7 @@ LOSSES = (  # one at a time
 )
 BESIDE_OFFICIAL = (  # to be ahead of it at equal steps, too
     RECOMMENDED,
+    WITH_DECODER,
     "features, official, decayed",
     "teacher's decoder and encoder at the beginning; features x3, decayed",
     "teacher's decoder at the beginning; features x3, decayed from the half on",
@@ -88,8 +89,8 @@ CANDIDATES = (  # compared on validation images, to choose a preset
 LONG = (
     "alone",
     RECOMMENDED,
+    WITH_DECODER,
     "teacher's decoder at the beginning",
-    "features x3, decayed",
     "features, decayed",
     "best queries + features x3, decayed",
     "logits + features",
@@ -143,7 +144,6 @@ MODERN = (
     "features, decayed",
     "teacher's decoder at the beginning; features, decayed",
     "teacher's decoder at the beginning",
-    RECOMMENDED,
     "logits, decayed",
     "best queries + features, decayed",
     "box distributions, decayed",
@@ -180,7 +180,7 @@ TABLES = {
     "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
     "preset": Table("shapes", (2000,), CANDIDATES, seeds=2),
     "beside official": Table("shapes", (2000,), BESIDE_OFFICIAL, seeds=2),
-    "curves": Table("shapes", (1000, 4000, 8000, 16000), ("alone", RECOMMENDED, "features x3, decayed"), seeds=3),
+    "curves": Table("shapes", (1000, 4000, 8000, 16000), ("alone", RECOMMENDED, WITH_DECODER), seeds=3),
     "long": Table("shapes", (6000,), LONG, seeds=3),
     "demo, controls": Table("demo", (600,), CONTROLS),
     "demo, beginnings": Table("demo", (600,), BEGINNINGS, seeds=3),
@@ -192,9 +192,9 @@ TABLES = {
         f"demo, {student}": Table(f"demo, {student}", (600,), STUDENTS)
         for student in ("48 queries", "8 queries", "1 decoder layer", "half a backbone")
     },
-    "RT-DETR": Table("RT-DETR", (1000,), MODERN[:7], seeds=3),
+    "RT-DETR": Table("RT-DETR", (1000,), MODERN[:6], seeds=3),
     "D-FINE": Table("D-FINE", (1000,), MODERN, seeds=3),
-    "RT-DETR, 3x": Table("RT-DETR", (3000,), MODERN[:7], seeds=3),
+    "RT-DETR, 3x": Table("RT-DETR", (3000,), MODERN[:6], seeds=3),
     "digits": Table("digits", (2000,), PRESETS),
     "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
     "digits, long": Table("digits", (6000,), LONG, seeds=3),
