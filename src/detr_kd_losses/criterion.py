@@ -33,8 +33,8 @@ class DETRDistillationLoss(OptionModule):
     teacher's: ``[LogitsTerm(), FeatureTerm(), QueryGroupTerm()]``. ``"official"`` follows the paper's public code, but
     with the teacher's real assignment: ``[LogitsTerm(matching="joint"), FeatureTerm(weight=20.0,
     variant="official", relative=False), QueryGroupTerm()]``. ``"recommended"`` is what did best in our experiments,
-    ``[FeatureTerm(weight=60.0)]`` whose weight falls along a :class:`WeightSchedule`, in a student that begins with its
-    teacher's decoder where it fits (:func:`inherit_weights`).
+    ``[FeatureTerm(weight=60.0)]`` whose weight falls along a :class:`WeightSchedule`; in a short training the student
+    may begin with its teacher's decoder (:func:`inherit_weights`).
     Options are attributes, in force as soon as they are set: ``criterion.terms["feature"].weight = 5.0``. Weights are
     constant until you change them; in a long training let them fall (:class:`WeightSchedule`).
 
