@@ -124,10 +124,13 @@ SETTINGS = {
     "plain features, pearson, decayed": Setting(decayed(plain_features(distance="pearson"))),
     "plain features, cosine, decayed": Setting(decayed(plain_features(distance="cosine"))),
     "plain features, channel, decayed": Setting(decayed(plain_features(distance="channel"))),
+    "plain features x3, decayed": Setting(decayed(plain_features(weight=60.0))),
+    "plain features, pearson, x3, decayed": Setting(decayed(plain_features(distance="pearson", weight=60.0))),
     "features, not relative, decayed": Setting(decayed(features(relative=False))),
     "features, official, decayed": Setting(decayed(features(variant="official", relative=False))),
     "features, normaliser of the paper, decayed": Setting(decayed(features(normalize=None, relative=False))),
     # Pairs and all.
+    "features x3 + plain features x3, decayed": Setting(decayed(features(weight=60.0) | plain_features(weight=60.0))),
     "logits + features": Setting(logits() | features()),
     "logits + features, decayed": Setting(decayed(logits() | features())),
     "logits / 4 + features, decayed": Setting(decayed(logits(weight=0.25) | features())),
