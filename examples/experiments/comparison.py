@@ -53,26 +53,24 @@ def gain(rows: Mapping[Run, Row], run: Run, other: str = ALONE, field: str = "te
     return sample(own[seed][field] - base[seed][field] for seed in own if seed in base)
 
 
-def gain_at_equal_time(rows: Mapping[Run, Row], run: Run, relative_time: float) -> Sample | None:
-    """Return how far a setting is above a student alone that trained as long, its own schedule ending then.
+def gain_at_equal_time(rows: Mapping[Run, Row], run: Run, relative_time: float, other: str = ALONE) -> Sample | None:
+    """Return how far a setting is above another (the student alone) that trained as long, its own schedule ending then.
 
-    Between the two nearest lengths at which the student alone was trained, its AP is interpolated linearly in the
-    logarithm of the length; only seeds with both count.
+    `relative_time` is that of a step of the setting beside one of the other. Between the two nearest lengths at which
+    the other was trained, its AP is interpolated linearly in the logarithm of the length; only seeds with both count.
     """
     differences = []
     for seed, row in of_setting(rows, run.world, run.setting, run.steps).items():
-        alone = alone_at(rows, run.world, seed, run.steps * relative_time)
-        if alone is not None:
-            differences.append(row["test_ap"] - alone)
+        reached = ap_at(rows, run._replace(setting=other, seed=seed), run.steps * relative_time)
+        if reached is not None:
+            differences.append(row["test_ap"] - reached)
     return sample(differences)
 
 
-def alone_at(rows: Mapping[Run, Row], world: str, seed: int, steps: float) -> float | None:
-    """Return the test AP of the student alone after some steps; None beyond its longest or shortest training."""
+def ap_at(rows: Mapping[Run, Row], run: Run, steps: float) -> float | None:
+    """Return the test AP of a setting and seed after some steps; None beyond its longest or shortest training."""
     known = sorted(
-        (run.steps, row["test_ap"])
-        for run, row in rows.items()
-        if (run.world, run.setting, run.seed) == (world, ALONE, seed)
+        (other.steps, row["test_ap"]) for other, row in rows.items() if other._replace(steps=run.steps) == run
     )
     for (shorter, low), (longer, high) in pairwise(known):
         if shorter <= steps <= longer:
@@ -102,7 +100,7 @@ def plateau(rows: Mapping[Run, Row], world: str, setting: str = ALONE, less_than
 
 
 def steps_to(rows: Mapping[Run, Row], world: str, setting: str, ap: float) -> float | None:
-    """Return after how many steps the mean of a setting reaches a test AP, interpolated as in `alone_at`."""
+    """Return after how many steps the mean of a setting reaches a test AP, interpolated as in `ap_at`."""
     known = [
         (steps, statistics.fmean(row["test_ap"] for row in of_setting(rows, world, setting, steps).values()))
         for steps in lengths(rows, world, setting)

@@ -177,6 +177,15 @@ class Evidence:
             words.append(f"This has that AP after about {sooner:,.0f} steps, {100 * share:.0f} % of the time.")
         return " ".join(words)
 
+    def ahead_at_equal_time(self, name: str, setting: str, other: str) -> str:
+        """How far a setting that was trained for as much processor time as another took is above that."""
+        table, times = TABLES[name], self._relative_time
+        if setting not in times or other not in times:
+            return gained(None)
+        run = Run(table.world, other, table.steps[0], 0)
+        behind = gain_at_equal_time(self._rows, run, times[other] / times[setting], setting)
+        return gained(None if behind is None else behind._replace(mean=-behind.mean))
+
     def recommended(self) -> str:
         """The name of the setting that is the preset."""
         return RECOMMENDED

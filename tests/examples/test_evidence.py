@@ -50,6 +50,9 @@ def test_equal_time_is_a_longer_training_of_the_student_alone() -> None:
     found = comparison.gain_at_equal_time(made_rows(values), run, relative_time=2.0)
     assert (found.mean, found.count) == (pytest.approx(2.0), 1)  # 4,000 steps are half of the way: 55
     assert comparison.gain_at_equal_time(made_rows(values), run, relative_time=5.0) is None
+    quick = {("quick", 2000, 0): 52.0, ("quick", 4000, 0): 59.0}
+    found = comparison.gain_at_equal_time(made_rows(values | quick), run, relative_time=2.0, other="quick")
+    assert (found.mean, found.count) == (-2.0, 1)
 
 
 def test_a_plateau_is_where_twice_the_steps_bring_less_than_1_ap() -> None:
