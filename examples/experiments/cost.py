@@ -23,9 +23,18 @@ from experiments.training import detector, ready_teacher, weight_schedule
 from experiments.worlds import all_images
 
 FILE = RESULTS / "cost.json"
-WORLD, STEPS, TURNS = "shapes", 8, 7
+WORLD, STEPS, TURNS = "demo", 8, 7
 # The tables whose settings are measured.
-MEASURED = ("main", "presets", "demo, preset", "demo, controls", "demo, all", "beginnings")
+MEASURED = (
+    "main",
+    "presets",
+    "demo, losses",
+    "demo, preset",
+    "beside official",
+    "demo, controls",
+    "demo, all",
+    "beginnings",
+)
 
 
 def main() -> None:
