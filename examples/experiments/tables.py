@@ -146,6 +146,7 @@ GROUPS = (
 MODERN = (
     "alone",
     "features, decayed",
+    RECOMMENDED,
     "teacher's decoder at the beginning; features, decayed",
     "teacher's decoder at the beginning",
     "logits, decayed",
@@ -196,9 +197,9 @@ TABLES = {
         f"demo, {student}": Table(f"demo, {student}", (600,), STUDENTS)
         for student in ("48 queries", "8 queries", "1 decoder layer", "half a backbone")
     },
-    "RT-DETR": Table("RT-DETR", (1000,), MODERN[:6], seeds=3),
+    "RT-DETR": Table("RT-DETR", (1000,), MODERN[:7], seeds=3),
     "D-FINE": Table("D-FINE", (1000,), MODERN, seeds=3),
-    "RT-DETR, 3x": Table("RT-DETR", (3000,), MODERN[:6], seeds=3),
+    "RT-DETR, 3x": Table("RT-DETR", (3000,), MODERN[:7], seeds=3),
     "digits": Table("digits", (2000,), PRESETS),
     "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
     "digits, long": Table("digits", (6000,), LONG, seeds=3),
