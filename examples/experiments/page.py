@@ -39,7 +39,13 @@ NO_ROWS = "*No rows yet.*"
 COLUMNS = ("setting", "seeds", "AP", "test AP", "test AP50", "gain", "time", "gain at equal time")
 GRADIENT_COLUMNS = ("setting", "term", "share of the gradient, in %", "cosine to the detection loss's")
 MOMENTS = (1, 3, 5)  # after a tenth, a half and 19 twentieths of the training
-IN_FIGURES = (ALONE, RECOMMENDED, WITH_DECODER, "paper", "official")
+IN_FIGURES = {
+    ALONE: "student alone",
+    RECOMMENDED: "recommended",
+    WITH_DECODER: "… with the decoder",
+    "paper": "paper",
+    "official": "official",
+}
 
 
 class Evidence:
@@ -212,11 +218,12 @@ class Evidence:
 
     def figures(self) -> dict[str, str]:
         """SVGs by name: test AP against steps, and against processor time."""
-        lines = [Line(setting, self._points(setting)) for setting in IN_FIGURES if self._points(setting)]
+        points = {setting: self._points(setting) for setting in IN_FIGURES}
+        lines = [Line(IN_FIGURES[setting], found) for setting, found in points.items() if found]
         minutes = [
-            Line(name, [(x * self._relative_time[name] * self._seconds / 60, *rest) for x, *rest in points])
-            for name, points in lines
-            if name in self._relative_time
+            Line(IN_FIGURES[setting], [(x * self._relative_time[setting] * self._seconds / 60, *y) for x, *y in found])
+            for setting, found in points.items()
+            if found and setting in self._relative_time
         ]
         return {
             "evidence-steps.svg": line_plot("Test AP", "training steps", lines, (1000, 2000, 4000, 8000, 16000)),
