@@ -167,19 +167,22 @@ class Evidence:
 
     def plateau(self, world: str) -> str:
         """What is gained where twice the steps bring less than 1 AP, and how soon the recommended setting is there."""
-        steps = plateau(self._rows, world)
-        if steps is None:
-            return "At no length here is the student alone at its plateau."
-        alone = Run(world, ALONE, steps, 0)
-        found = gain(self._rows, alone._replace(setting=RECOMMENDED))
+        steps, known = plateau(self._rows, world), lengths(self._rows, world, ALONE)
+        if not known:
+            return NO_ROWS
+        alone = Run(world, ALONE, steps or known[-1], 0)
         reached = self._sample(alone, "test_ap").mean
+        found = gained(gain(self._rows, alone._replace(setting=RECOMMENDED)))
+        plateau_is = "plateau, where twice the steps bring less than 1 AP"
         words = [
-            f"The student alone is at its plateau, where twice the steps bring less than 1 AP, after {steps:,} steps: "
-            f"{reached:.1f} AP; recommended {gained(found)}."
+            f"At no length here is the student alone at its {plateau_is}. After the longest, {alone.steps:,} steps:"
+            if steps is None
+            else f"The student alone is at its {plateau_is}, after {alone.steps:,} steps:",
+            f"{reached:.1f} AP; recommended {found}.",
         ]
         sooner = steps_to(self._rows, world, RECOMMENDED, reached)
         if sooner is not None:
-            share = sooner * self._relative_time[RECOMMENDED] / steps
+            share = sooner * self._relative_time[RECOMMENDED] / alone.steps
             words.append(f"This has that AP after about {sooner:,.0f} steps, {100 * share:.0f} % of the time.")
         return " ".join(words)
 
@@ -226,8 +229,8 @@ class Evidence:
             if found and setting in self._relative_time
         ]
         return {
-            "evidence-steps.svg": line_plot("Test AP", "training steps", lines, (1000, 2000, 4000, 8000, 16000)),
-            "evidence-time.svg": line_plot("Test AP", "minutes of processor time", minutes, (1, 2, 4, 8, 16)),
+            "evidence-steps.svg": line_plot("Test AP", "training steps", lines),
+            "evidence-time.svg": line_plot("Test AP", "minutes of processor time", minutes),
         }
 
     def _runs(self, name: str, reference: str) -> list[Run]:

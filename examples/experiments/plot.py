@@ -17,8 +17,9 @@ class Line(NamedTuple):
     points: Sequence[tuple[float, float, float]]
 
 
-def line_plot(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[float]) -> str:
-    """Return an SVG with a logarithmic x axis, from the smallest to the largest tick and all values of y."""
+def line_plot(title: str, x_label: str, lines: Sequence[Line]) -> str:
+    """Return an SVG with a logarithmic x axis whose ticks are doublings, and all values of y."""
+    ticks = doublings([x for line in lines for x, _, _ in line.points])
     lows = [y - error for line in lines for _, y, error in line.points] or [0.0]
     highs = [y + error for line in lines for _, y, error in line.points] or [100.0]
     bottom, top = 10 * math.floor(min(lows) / 10), 10 * math.ceil(max(highs) / 10)
@@ -47,6 +48,14 @@ def line_plot(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[f
         parts += drawn_line(line, colour, place)
         parts.append(text(WIDTH - RIGHT + 10, height + 4, line.name, colour=colour))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def doublings(numbers: Sequence[float]) -> list[float]:
+    """Return powers of two, or of two times 1000 from there on, from below all numbers to above them."""
+    unit = 1000.0 if numbers and min(numbers) >= 1000 else 1.0
+    exponents = [math.log2(number / unit) for number in numbers] or [0.0]
+    first, last = math.floor(min(exponents)), math.ceil(max(exponents))
+    return [unit * 2.0**exponent for exponent in range(first, max(last, first + 1) + 1)]
 
 
 def drawn_line(line: Line, colour: str, place) -> list[str]:

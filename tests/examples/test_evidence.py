@@ -128,8 +128,24 @@ def test_the_page_says_what_is_gained_at_the_plateau_and_how_soon(tmp_path: Path
     assert "after 2,000 steps: 50.5 AP; recommended +2.0 ± 0.0 AP (2 seeds)." in said
     assert "after about 1,414 steps, 88 % of the time." in said  # half of the way, 1.25 times as long a step
     assert "| 2,000 | 50.5 ± 0.7 | 52.5 ± 0.7 | +2.0 ± 0.0 |  |  | +0.5 ± 0.0 |" in evidence.lengths("shapes")
-    assert evidence.plateau("digits") == "At no length here is the student alone at its plateau."
+    assert evidence.plateau("digits") == page.NO_ROWS
     assert evidence.lengths("digits") == page.NO_ROWS
+
+
+def test_the_page_says_that_no_length_is_the_plateau(tmp_path: Path) -> None:
+    for (setting, steps), ap in {("alone", 1000): 40.0, ("alone", 2000): 50.0, (RECOMMENDED, 2000): 53.0}.items():
+        rows.append_row({**rows.Run("shapes", setting, steps, 0)._asdict(), "test_ap": ap}, tmp_path)
+    said = page.Evidence(tmp_path).plateau("shapes")
+    assert said.startswith("At no length here is the student alone at its plateau")
+    assert said.endswith("After the longest, 2,000 steps: 50.0 AP; recommended +3.0 AP (1 seed).")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ticks"),
+    [([0.9, 5.0], [0.5, 1, 2, 4, 8]), ([1000, 6000], [1000, 2000, 4000, 8000]), ([2.0], [2, 4]), ([], [1, 2])],
+)
+def test_ticks_are_doublings_around_all_numbers(numbers: list[float], ticks: list[float]) -> None:
+    assert plot.doublings(numbers) == ticks
 
 
 def test_a_marker_is_replaced_by_what_its_function_says() -> None:
@@ -145,7 +161,7 @@ def test_a_marker_may_have_another_as_its_argument() -> None:
 
 def test_a_figure_has_each_line_and_no_label_on_another() -> None:
     lines = [plot.Line(name, [(1000, y, 1.0), (2000, y + 1, 0.5)]) for name, y in (("first", 50.0), ("second", 50.1))]
-    svg = ElementTree.fromstring(plot.line_plot("AP", "steps", lines, (1000, 2000)))
+    svg = ElementTree.fromstring(plot.line_plot("AP", "steps", lines))
     space = "{http://www.w3.org/2000/svg}"
     assert len(svg.findall(f"{space}polyline")) == 2
     heights = [float(label.get("y")) for label in svg.iter(f"{space}text") if label.text in ("first", "second")]
