@@ -181,9 +181,11 @@ class Evidence:
             f"{reached:.1f} AP; recommended {found}.",
         ]
         sooner = steps_to(self._rows, world, RECOMMENDED, reached)
-        if sooner is not None:
+        if sooner is not None and RECOMMENDED in self._relative_time:
             share = sooner * self._relative_time[RECOMMENDED] / alone.steps
-            words.append(f"This has that AP after about {sooner:,.0f} steps, {100 * share:.0f} % of the time.")
+            words.append(
+                f"This has that AP after about {round(sooner, -2):,.0f} steps, {100 * share:.0f} % of the time."
+            )
         return " ".join(words)
 
     def ahead_at_equal_time(self, name: str, setting: str, other: str) -> str:

@@ -126,9 +126,20 @@ def test_the_page_says_what_is_gained_at_the_plateau_and_how_soon(tmp_path: Path
     evidence = page.Evidence(tmp_path)
     said = evidence.plateau("shapes")
     assert "after 2,000 steps: 50.5 AP; recommended +2.0 ± 0.0 AP (2 seeds)." in said
-    assert "after about 1,414 steps, 88 % of the time." in said  # half of the way, 1.25 times as long a step
+    assert "after about 1,400 steps, 88 % of the time." in said  # half of the way, 1.25 times as long a step
     assert "| 2,000 | 50.5 ± 0.7 | 52.5 ± 0.7 | +2.0 ± 0.0 |  |  | +0.5 ± 0.0 |" in evidence.lengths("shapes")
     assert evidence.plateau("digits") == page.NO_ROWS
+    (tmp_path / "cost.json").unlink()
+    assert page.Evidence(tmp_path).plateau("shapes").endswith("(2 seeds).")  # nothing is known of time
+
+
+def test_a_setting_that_is_quicker_is_ahead_at_equal_time(tmp_path: Path) -> None:
+    for setting, steps, ap in (("paper", 2000, 50.0), (RECOMMENDED, 2000, 52.0), (RECOMMENDED, 4000, 55.0)):
+        rows.append_row({**rows.Run("shapes", setting, steps, 0)._asdict(), "test_ap": ap}, tmp_path)
+    (tmp_path / "cost.json").write_text(json.dumps({"relative": {RECOMMENDED: 1.0, "paper": 2.0}}))
+    evidence = page.Evidence(tmp_path)
+    assert evidence.ahead_at_equal_time("presets", RECOMMENDED, "paper") == "+5.0 AP (1 seed)"
+    assert evidence.ahead_at_equal_time("presets", RECOMMENDED, "official") == "no rows yet"
     assert evidence.lengths("digits") == page.NO_ROWS
 
 
