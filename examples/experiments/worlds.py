@@ -57,11 +57,7 @@ DATA_SETS = {
     "crowds": DataSet(make_crowds, len(CLASSES)),
 }
 
-TEACHERS = {
-    "teacher": Recipe(TEACHER, steps=3000),
-    "barely better": Recipe(STUDENT, steps=3000, seed=100),
-    "a student": Recipe(STUDENT, steps=2000, seed=100),
-}
+TEACHERS = {"teacher": Recipe(TEACHER, steps=3000)}
 DEMO_TEACHERS = {
     "teacher": Recipe(TEACHER, steps=1000),
     "barely better": Recipe(STUDENT, steps=700, seed=100),
