@@ -109,6 +109,7 @@ SETTINGS = {
     "features x12, decayed": Setting(decayed(features(weight=240.0))),
     "features x24, decayed": Setting(decayed(features(weight=480.0))),
     "features x6": Setting(features(weight=120.0)),
+    "features x3, decayed from the half on": Setting(decayed_from_half(features(weight=60.0))),
     "logits": Setting(logits()),
     "logits, decayed": Setting(decayed(logits())),
     "logits / 4, decayed": Setting(decayed(logits(weight=0.25))),
@@ -131,6 +132,7 @@ SETTINGS = {
     "features, normaliser of the paper, decayed": Setting(decayed(features(normalize=None, relative=False))),
     # Pairs and all.
     "features x3 + plain features x3, decayed": Setting(decayed(features(weight=60.0) | plain_features(weight=60.0))),
+    "features x3 + logits, joint, decayed": Setting(decayed(features(weight=60.0) | logits(matching="joint"))),
     "logits + features": Setting(logits() | features()),
     "logits + features, decayed": Setting(decayed(logits() | features())),
     "logits / 4 + features, decayed": Setting(decayed(logits(weight=0.25) | features())),
@@ -196,6 +198,7 @@ SETTINGS = {
     # Parts of the logits loss, of constant weight beside decayed features.
     "features, decayed; logits": Setting(decayed(features()) | logits()),
     "features, decayed; logits of positives": Setting(decayed(features()) | positives()),
+    "features, decayed; logits, joint": Setting(decayed(features()) | logits(matching="joint")),
     "features, decayed; classes": Setting(decayed(features()) | positives(**NO_BOXES)),
     "features, decayed; boxes": Setting(decayed(features()) | positives(weight_class=0.0)),
     "features, decayed; boxes of negatives": Setting(decayed(features()) | logits(weight=1e-6, weight_negative=1e6)),

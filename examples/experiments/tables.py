@@ -66,6 +66,8 @@ BESIDE_OFFICIAL = (  # to be ahead of it at equal steps, too
     "plain features x3, decayed",
     "plain features, pearson, x3, decayed",
     "features x3 + plain features x3, decayed",
+    "features x3 + logits, joint, decayed",
+    "features x3, decayed from the half on",
     "teacher's decoder and encoder at the beginning; features x3, decayed",
     "teacher's decoder at the beginning; features x3, decayed from the half on",
     "teacher's decoder at the beginning; features x3 + plain features, pearson, decayed",
@@ -102,6 +104,8 @@ LONG = (
 PRESETS = (*LONG, "best queries + features, decayed", "paper", "official")
 PROBES = (
     "features, decayed; logits",
+    "features, decayed; logits of positives",
+    "features, decayed; logits, joint",
     "features, decayed; classes",
     "features, decayed; boxes",
     "features, decayed; boxes of negatives",
