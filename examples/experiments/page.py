@@ -173,18 +173,19 @@ class Evidence:
         alone = Run(world, ALONE, steps or known[-1], 0)
         reached = self._sample(alone, "test_ap").mean
         found = gained(gain(self._rows, alone._replace(setting=RECOMMENDED)))
-        plateau_is = "plateau, where twice the steps bring less than 1 AP"
         words = [
-            f"At no length here is the student alone at its {plateau_is}. After the longest, {alone.steps:,} steps:"
+            "At no length here do twice the steps bring the student alone less than 1 AP, which would be its plateau. "
+            f"After the longest, {alone.steps:,} steps, it has {reached:.1f} AP."
             if steps is None
-            else f"The student alone is at its {plateau_is}, after {alone.steps:,} steps:",
-            f"{reached:.1f} AP; recommended {found}.",
+            else f"The student alone is at its plateau after {alone.steps:,} steps, with {reached:.1f} AP: twice the "
+            f"steps bring {gained(gain_of_twice(self._rows, alone))}.",
+            f"Recommended, there: {found}.",
         ]
         sooner = steps_to(self._rows, world, RECOMMENDED, reached)
         if sooner is not None and RECOMMENDED in self._relative_time:
             share = sooner * self._relative_time[RECOMMENDED] / alone.steps
             words.append(
-                f"This has that AP after about {round(sooner, -2):,.0f} steps, {100 * share:.0f} % of the time."
+                f"It has the student's AP after about {round(sooner, -2):,.0f} steps, {100 * share:.0f} % of the time."
             )
         return " ".join(words)
 
