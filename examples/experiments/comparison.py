@@ -111,6 +111,24 @@ def steps_to(rows: Mapping[Run, Row], world: str, setting: str, ap: float) -> fl
     return None
 
 
+def time_of_step(rows: Mapping[Run, Row], world: str, setting: str) -> float | None:
+    """Return the processor time of a step beside one of the student alone, or None where no two rows can be compared.
+
+    Rows of one commit are compared, whatever their length: those of another may have been made on another machine.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for run, row in rows.items():
+        if run.world == world and run.setting in (setting, ALONE):
+            of_commit = seconds.setdefault(row["commit"], {})
+            of_commit.setdefault(run.setting, []).append(row["seconds"] / run.steps)
+    found = sample(
+        statistics.fmean(each[setting]) / statistics.fmean(each[ALONE])
+        for each in seconds.values()
+        if setting in each and ALONE in each
+    )
+    return None if found is None else found.mean
+
+
 class TermGradient(NamedTuple):
     """What the gradient of a term is beside the others' at one moment of the training."""
 

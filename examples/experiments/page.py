@@ -26,6 +26,7 @@ from experiments.comparison import (
     plateau,
     sample,
     steps_to,
+    time_of_step,
 )
 from experiments.plot import Line, line_plot
 from experiments.rows import RESULTS, Row, Run, read_rows
@@ -174,7 +175,7 @@ class Evidence:
         reached = self._sample(alone, "test_ap").mean
         found = gained(gain(self._rows, alone._replace(setting=RECOMMENDED)))
         words = [
-            "At no length here do twice the steps bring the student alone less than 1 AP, which would be its plateau. "
+            "At no length here do twice the steps bring the student alone less than 1 AP. "
             f"After the longest, {alone.steps:,} steps, it has {reached:.1f} AP."
             if steps is None
             else f"The student alone is at its plateau after {alone.steps:,} steps, with {reached:.1f} AP: twice the "
@@ -269,8 +270,7 @@ class Evidence:
         """Time of a step beside that of the student alone: measured in turns, or else by the rows themselves."""
         if not WORLDS[run.world].family:
             return self._relative_time.get(run.setting)
-        alone = self._of(run._replace(setting=ALONE))
-        return self._sample(run, "seconds").mean / sample(row["seconds"] for row in alone).mean if alone else None
+        return time_of_step(self._rows, run.world, run.setting)
 
     def _points(self, setting: str) -> list[tuple[float, float, float]]:
         """Length, test AP and two standard errors of a setting in the world of exact labels."""

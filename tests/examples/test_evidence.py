@@ -74,6 +74,23 @@ def test_steps_to_an_ap_are_interpolated_in_the_logarithm() -> None:
     assert comparison.steps_to(made_rows(values), "shapes", "better", 40.0) is None  # before the shortest
 
 
+def test_the_time_of_a_step_is_that_of_rows_made_side_by_side() -> None:
+    """A row of a slower machine, whose commit has no row of the student alone, says nothing."""
+    made = {
+        ("alone", 1000, 0): ("a", 100.0),
+        ("features", 1000, 0): ("a", 120.0),
+        ("alone", 3000, 1): ("b", 600.0),
+        ("features", 1000, 1): ("b", 220.0),
+        ("features", 3000, 1): ("b", 660.0),
+        ("features", 1000, 2): ("c", 900.0),
+    }
+    found = {rows.Run("RT-DETR", *key): {"commit": commit, "seconds": spent} for key, (commit, spent) in made.items()}
+    assert comparison.time_of_step(found, "RT-DETR", "features") == pytest.approx(1.15)  # of 1.2 and 1.1
+    assert comparison.time_of_step(found, "RT-DETR", "alone") == 1.0
+    assert comparison.time_of_step(found, "RT-DETR", "logits") is None
+    assert comparison.time_of_step(found, "D-FINE", "features") is None
+
+
 def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
     norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
     cosines = {"detection": [1.0, 1.0], "logits": [0.5, 0.25], "feature": [0.0, -0.5]}
