@@ -129,6 +129,17 @@ def time_of_step(rows: Mapping[Run, Row], world: str, setting: str) -> float | N
     return None if found is None else found.mean
 
 
+def steps_of_teacher(rows: Mapping[Run, Row], world: str) -> float | None:
+    """Return how many steps of the student alone a teacher's training takes, compared as in `time_of_step`."""
+    here = [row for run, row in rows.items() if run.world == world]
+    teachers = {(row["commit"], row["teacher"]["digest"]): row["teacher"]["seconds"] for row in here if row["teacher"]}
+    found = []
+    for (commit, _), seconds in teachers.items():
+        alone = [row["seconds"] / row["steps"] for row in here if (row["setting"], row["commit"]) == (ALONE, commit)]
+        found += [seconds / statistics.fmean(alone)] if alone else []
+    return statistics.fmean(found) if found else None
+
+
 class TermGradient(NamedTuple):
     """What the gradient of a term is beside the others' at one moment of the training."""
 

@@ -25,6 +25,7 @@ from experiments.comparison import (
     of_setting,
     plateau,
     sample,
+    steps_of_teacher,
     steps_to,
     time_of_step,
 )
@@ -131,12 +132,10 @@ class Evidence:
             for name, facts in said.items()
         )
 
-    def teacher_steps(self, name: str) -> str:
-        """How many steps of the student alone the training of the teachers of a table takes as long as."""
-        runs = self._runs(name, ALONE)
-        teachers = {row["teacher"]["digest"]: row["teacher"] for run in runs for row in self._of(run) if row["teacher"]}
-        of_step = sample(row["seconds"] / row["steps"] for run in runs for row in self._of(run) if run.setting == ALONE)
-        return f"{round(sample(each['seconds'] for each in teachers.values()).mean / of_step.mean, -2):,.0f}"
+    def teacher_steps(self, world: str) -> str:
+        """How many steps of the student alone the training of the teacher of a world takes as long as."""
+        steps = steps_of_teacher(self._rows, world)
+        return "an unknown number of" if steps is None else f"{round(steps, -2):,.0f}"
 
     def gain(self, name: str, setting: str, other: str = ALONE) -> str:
         """How far a setting of a table is above another in test AP."""

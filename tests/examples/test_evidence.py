@@ -91,6 +91,20 @@ def test_the_time_of_a_step_is_that_of_rows_made_side_by_side() -> None:
     assert comparison.time_of_step(found, "D-FINE", "features") is None
 
 
+def test_a_teacher_took_as_long_as_so_many_steps_of_the_student_beside_it() -> None:
+    def row(setting: str, steps: int, seed: int, commit: str, seconds: float, teacher: dict | None = None) -> rows.Row:
+        run = rows.Run("shapes", setting, steps, seed)
+        return {**run._asdict(), "commit": commit, "seconds": seconds, "teacher": teacher}
+
+    slow, quick = {"digest": "a", "seconds": 900.0}, {"digest": "b", "seconds": 350.0}
+    made = [row("alone", 1000, 0, "slow", 100.0), row("features", 1000, 0, "slow", 110.0, slow)]
+    made += [row("alone", 2000, 1, "quick", 100.0), row("features", 2000, 1, "quick", 110.0, quick)]
+    made += [row("features", 1000, 2, "alone nowhere", 50.0, quick)]
+    found = {rows.run_of(each): each for each in made}
+    assert comparison.steps_of_teacher(found, "shapes") == pytest.approx(8000)  # of 9,000 and 7,000
+    assert comparison.steps_of_teacher(found, "digits") is None
+
+
 def test_the_gradient_of_a_term_is_a_share_of_all_and_has_a_direction() -> None:
     norms = {"detection": [3.0, 1.0], "logits": [1.0, 2.0], "feature": [2.0, 1.0]}
     cosines = {"detection": [1.0, 1.0], "logits": [0.5, 0.25], "feature": [0.0, -0.5]}
