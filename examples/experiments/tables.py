@@ -207,6 +207,7 @@ TABLES = {
     "digits": Table("digits", (2000,), PRESETS),
     "digits, equal time": Table("digits", (2400, 4000), ("alone",), seeds=3),
     "digits, long": Table("digits", (6000,), LONG, seeds=3),
+    "digits, curves": Table("digits", (12000, 24000, 48000), ("alone", RECOMMENDED, WITH_DECODER), seeds=3),
     "crowds": Table("crowds", (2000,), PRESETS),
     "crowds, equal time": Table("crowds", (2400, 4000), ("alone",), seeds=3),
     "few labels": Table("shapes, few labels", (2000,), FEW_LABELS),
