@@ -223,18 +223,22 @@ class Evidence:
         return "\n".join(facts)
 
     def figures(self) -> dict[str, str]:
-        """SVGs by name: test AP against steps, and against processor time."""
-        points = {setting: self._points(setting) for setting in IN_FIGURES}
-        lines = [Line(IN_FIGURES[setting], found) for setting, found in points.items() if found]
-        minutes = [
-            Line(IN_FIGURES[setting], [(x * self._relative_time[setting] * self._seconds / 60, *y) for x, *y in found])
-            for setting, found in points.items()
-            if found and setting in self._relative_time
-        ]
-        return {
-            "evidence-steps.svg": line_plot("Test AP", "training steps", lines),
-            "evidence-time.svg": line_plot("Test AP", "minutes of processor time", minutes),
-        }
+        """SVGs by name: test AP against steps, and against processor time, for each world that has a plateau."""
+        drawn = {}
+        for world in ("shapes", "digits"):
+            points = {setting: found for setting in IN_FIGURES if (found := self._points(world, setting))}
+            lines = [Line(IN_FIGURES[setting], found) for setting, found in points.items()]
+            minutes = [
+                Line(
+                    IN_FIGURES[setting],
+                    [(x * self._relative_time[setting] * self._seconds / 60, *y) for x, *y in found],
+                )
+                for setting, found in points.items()
+                if setting in self._relative_time
+            ]
+            drawn[f"evidence-{world}-steps.svg"] = line_plot(f"Test AP, {world}", "training steps", lines)
+            drawn[f"evidence-{world}-time.svg"] = line_plot(f"Test AP, {world}", "minutes of processor time", minutes)
+        return drawn
 
     def _runs(self, name: str, reference: str) -> list[Run]:
         """The settings of a table that have rows, and the reference, the best first."""
@@ -271,10 +275,12 @@ class Evidence:
             return self._relative_time.get(run.setting)
         return time_of_step(self._rows, run.world, run.setting)
 
-    def _points(self, setting: str) -> list[tuple[float, float, float]]:
-        """Length, test AP and two standard errors of a setting in the world of exact labels."""
-        known = lengths(self._rows, "shapes", setting)
-        found = [(steps, self._sample(Run("shapes", setting, steps, 0), "test_ap")) for steps in known]
+    def _points(self, world: str, setting: str) -> list[tuple[float, float, float]]:
+        """Length, test AP and two standard errors of a setting."""
+        found = [
+            (steps, self._sample(Run(world, setting, steps, 0), "test_ap"))
+            for steps in lengths(self._rows, world, setting)
+        ]
         return [(steps, own.mean, own.two_errors if own.count > 1 else 0.0) for steps, own in found]
 
 
