@@ -189,6 +189,15 @@ class Evidence:
             )
         return " ".join(words)
 
+    def plateau_steps(self, world: str) -> str:
+        """After how many steps the student alone is at its plateau, or the longest training where it is not."""
+        return f"{plateau(self._rows, world) or max(lengths(self._rows, world, ALONE), default=0):,}"
+
+    def cell(self, world: str, steps: str, setting: str) -> str:
+        """How far a setting is above the student alone, and in how many seeds."""
+        found = gain(self._rows, Run(world, setting, int(steps.replace(",", "")), 0))
+        return "" if found is None else f"{difference(found)} ({found.count})"
+
     def ahead_at_equal_time(self, name: str, setting: str, other: str) -> str:
         """How far a setting that was trained for as much processor time as another took is above that."""
         table, times = TABLES[name], self._relative_time

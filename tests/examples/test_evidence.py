@@ -160,6 +160,8 @@ def test_the_page_says_what_is_gained_at_the_plateau_and_how_soon(tmp_path: Path
     assert "Recommended, there: +2.0 ± 0.0 AP (2 seeds)." in said
     assert "after about 1,400 steps, 88 % of the time." in said  # half of the way, 1.25 times as long a step
     assert "| 2,000 | 50.5 ± 0.7 | 52.5 ± 0.7 | +2.0 ± 0.0 |  |  | +0.5 ± 0.0 |" in evidence.lengths("shapes")
+    assert evidence.cell("shapes", evidence.plateau_steps("shapes"), RECOMMENDED) == "+2.0 ± 0.0 (2)"
+    assert evidence.cell("shapes", "8,000", RECOMMENDED) == ""
     assert evidence.plateau("digits") == page.NO_ROWS
     (tmp_path / "cost.json").unlink()
     assert page.Evidence(tmp_path).plateau("shapes").endswith("(2 seeds).")  # nothing is known of time
@@ -178,7 +180,9 @@ def test_a_setting_that_is_quicker_is_ahead_at_equal_time(tmp_path: Path) -> Non
 def test_the_page_says_that_no_length_is_the_plateau(tmp_path: Path) -> None:
     for (setting, steps), ap in {("alone", 1000): 40.0, ("alone", 2000): 50.0, (RECOMMENDED, 2000): 53.0}.items():
         rows.append_row({**rows.Run("shapes", setting, steps, 0)._asdict(), "test_ap": ap}, tmp_path)
-    said = page.Evidence(tmp_path).plateau("shapes")
+    evidence = page.Evidence(tmp_path)
+    assert (evidence.plateau_steps("shapes"), evidence.plateau_steps("digits")) == ("2,000", "0")
+    said = evidence.plateau("shapes")
     assert said.startswith("At no length here do twice the steps bring the student alone less than 1 AP")
     assert said.endswith("After the longest, 2,000 steps, it has 50.0 AP. Recommended, there: +3.0 AP (1 seed).")
 
