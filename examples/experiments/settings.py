@@ -116,6 +116,7 @@ SETTINGS = {
     "logits, joint, decayed": Setting(decayed(logits(matching="joint"))),
     "logits, through targets, decayed": Setting(decayed(logits(matching="targets"))),
     "logits of positives, decayed": Setting(decayed(positives())),
+    "logits, classes of negatives too, decayed": Setting(decayed(logits(weight_negative_class=1.0))),
     "logits by confidence, decayed": Setting(decayed(logits(weighting="confidence"))),
     "assigned group, decayed": Setting(decayed(assigned_group())),
     "shared queries, decayed": Setting(decayed(shared_queries())),
@@ -199,6 +200,9 @@ SETTINGS = {
     "features, decayed; logits": Setting(decayed(features()) | logits()),
     "features, decayed; logits of positives": Setting(decayed(features()) | positives()),
     "features, decayed; logits, joint": Setting(decayed(features()) | logits(matching="joint")),
+    "features, decayed; logits, classes of negatives too": Setting(
+        decayed(features()) | logits(weight_negative_class=1.0)
+    ),
     "features, decayed; classes": Setting(decayed(features()) | positives(**NO_BOXES)),
     "features, decayed; boxes": Setting(decayed(features()) | positives(weight_class=0.0)),
     "features, decayed; boxes of negatives": Setting(decayed(features()) | logits(weight=1e-6, weight_negative=1e6)),
