@@ -187,6 +187,7 @@ TABLES = {
     "demo, equal time": Table("demo", (700, 1200), ("alone",)),
     "main": Table("shapes", (2000,), FIRST),
     "main, equal time": Table("shapes", (2400, 4000), ("alone",), seeds=3),
+    "logits alone": Table("shapes", (2000,), ("alone", "logits, decayed", "logits, joint, decayed")),
     "presets": Table("shapes", (2000,), PRESETS),
     "demo, presets": Table("demo", (600,), PRESETS),
     "demo, preset": Table("demo", (600,), CANDIDATES, seeds=2),
