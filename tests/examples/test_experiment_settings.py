@@ -106,8 +106,14 @@ def shape_of(setting: Setting) -> tuple[object, ...]:
 ONE_OF_EACH_SHAPE = {shape_of(setting): name for name, setting in SETTINGS.items() if "distributions" not in name}
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_has_terms_of_valid_options(setting: str) -> None:
+    terms = {name: part.make() for name, part in SETTINGS[setting].parts.items()}
+    assert all(term.weight > 0 for term in terms.values())
+
+
 @pytest.mark.parametrize("setting", ONE_OF_EACH_SHAPE.values())
-def test_three_steps_of_every_setting(setting: str, small_world: Path) -> None:
+def test_three_steps_of_one_setting_of_each_shape(setting: str, small_world: Path) -> None:
     row = training.train_student(RUN._replace(setting=setting), small_world, on_step=lambda: None)
     assert json.loads(json.dumps(row)) == row
     assert rows.run_of(row) == RUN._replace(setting=setting)

@@ -29,7 +29,7 @@ class LogitsTerm(PairedTerm):
             teach both; the others share the student queries that are left, by box, and teach it. ``"joint"``: all are
             matched together and teach class and box, as in the paper's public code; where the teacher has more
             queries than the student, most positive ones are left out, and yet in our experiments this gains more, and
-            does no harm in a long training. ``"targets"``: a student query learns from the teacher query of its own
+            takes nothing from features. ``"targets"``: a student query learns from the teacher query of its own
             target (:func:`match_through_targets`), at a small part of the cost.
         negatives: What becomes of the teacher queries without a target: ``"by_box"``, they share the student queries
             that are left, by box; ``"none"``, they teach nothing. None: as the matching has it, ``"none"`` for
