@@ -131,7 +131,9 @@ def test_older_rows_have_not_noted_cosines_between_terms_or_changes_of_the_match
 
 def test_page_and_figures_are_those_of_the_rows() -> None:
     """They are generated: `python -m experiments.page`, in the folder `examples`."""
-    for name, piece in page.pieces().items():
+    pieces = page.pieces()
+    assert set(pieces) == {path.name for path in page.DOCS.glob("evidence*")}
+    for name, piece in pieces.items():
         assert piece == (page.DOCS / name).read_text(), f"{name} is not that of the rows: run the command above"
 
 
